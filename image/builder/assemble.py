@@ -1,0 +1,229 @@
+"""From the installed tree to a disk: verity-protected root, signed UKI, ESP, sizes checked, all that in build/image.
+
+This is the only step of the build that sees private keys; mkosi is done by then.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from image.builder.host import say
+from image.builder.initrd import contents, kernel_version, make_initrd, make_microcode
+from image.builder.layout import SOURCE_DATE_EPOCH, Layout, digest
+from image.builder.tree import make_tree
+from signing import secureboot
+from signing.keys import KeySet, open_keys
+from signing.pcr import predict_pcr11
+from vmm.errors import UserError, die
+from vmm.process import run
+
+_SEED = "3fca1f4f-2b9c-4a5b-8d5d-6c9f2d7c1e02"
+"""Partition and file system UUIDs derive from it, so that equal inputs give equal disks (systemd-repart(8))."""
+
+_EFI = Path("/usr/lib/systemd/boot/efi")
+
+
+def build_image(layout: Layout) -> None:
+    """Build the image if anything it is made from changed.
+
+    Raises: UserError above a limit of image/limits.json, with the figure; CommandFailed when a tool fails.
+    """
+    keys = open_keys(layout.keys, release=layout.release)
+    inputs = _inputs(layout, keys)
+    stamp = layout.image / "inputs"
+    if stamp.exists() and stamp.read_text() == inputs:
+        say(f"{layout.disk.relative_to(layout.repository)} is up to date")
+        return
+    stamp.unlink(missing_ok=True)
+    layout.image.mkdir(parents=True, exist_ok=True)
+    make_tree(layout)
+    _initrd_if_changed(layout)
+    say("making the root file system, its hash tree and signature")
+    root_hash = _partition(layout, keys, fresh=True)
+    say("making and signing the unified kernel image")
+    make_uki(layout, keys, root_hash, layout.uki)
+    _fill_esp(layout, keys)
+    _partition(layout, keys, fresh=False)
+    _write_manifest(layout, root_hash)
+    shutil.copy2(layout.mkosi_output / "vmlinuz", layout.image / "vmlinuz")
+    make_test_extension(layout, keys)
+    stamp.write_text(inputs)
+    say(f"{layout.disk.relative_to(layout.repository)} is ready")
+
+
+def _inputs(layout: Layout, keys: KeySet) -> str:
+    sources = ["mkosi.conf", "image", "vmm", "signing"]
+    return digest(
+        [*(layout.repository / name for name in sources), *sorted(keys.folder.glob("*.crt")), *sorted(keys.folder.glob("*.pub"))],
+        layout.version,
+        (layout.tools / "etc/holdfast-tools").read_text(),
+    )
+
+
+def _initrd_if_changed(layout: Layout) -> None:
+    wanted = digest([layout.repository / "image/initrd", layout.repository / "image/builder/initrd.py"], contents(layout))
+    stamp, initrd = layout.build / "initrd.inputs", layout.build / "initrd.zst"
+    if stamp.exists() and initrd.exists() and stamp.read_text() == wanted:
+        return
+    say("making the initrd")
+    stamp.unlink(missing_ok=True)
+    make_initrd(layout, initrd)
+    make_microcode(layout.root, layout.build / "microcode.cpio")
+    stamp.write_text(wanted)
+
+
+def _partition(layout: Layout, keys: KeySet, *, fresh: bool) -> str:
+    """Run systemd-repart over image/repart: first the slot, then, once the UKI names its hash, the ESP."""
+    command = [
+        "systemd-repart",
+        f"--definitions={layout.repository / 'image/repart'}",
+        f"--seed={_SEED}",
+        "--offline=yes",
+        "--dry-run=no",
+        "--no-pager",
+        "--json=short",
+        "--size=auto",
+        f"--empty={'force' if fresh else 'allow'}",
+        f"--private-key={keys.key('verity')}",
+        f"--certificate={keys.certificate('verity')}",
+        f"--copy-source={layout.root if fresh else layout.build / 'esp'}",
+        *(["--defer-partitions=esp"] if fresh else []),
+        layout.disk,
+    ]
+    if fresh:
+        layout.disk.unlink(missing_ok=True)
+        command[command.index("--empty=force")] = "--empty=create"
+    result = run(
+        command,
+        env={
+            "SOURCE_DATE_EPOCH": str(SOURCE_DATE_EPOCH),
+            "SYSTEMD_REPART_MKFS_OPTIONS_EROFS": f"-T{SOURCE_DATE_EPOCH} -zlz4hc,9 -C65536",
+            "IMAGE_VERSION": layout.version,
+        },
+    )
+    partitions: list[dict[str, Any]] = json.loads(result.stdout)
+    return next((str(p["roothash"]) for p in partitions if p.get("roothash", "TBD") not in ("TBD", None)), "")
+
+
+def command_line(layout: Layout, root_hash: str) -> str:
+    """The signed kernel command line: image/cmdline with the root's hash in front."""
+    lines = (line.partition("#")[0].strip() for line in (layout.repository / "image/cmdline").read_text().splitlines())
+    return " ".join([f"roothash={root_hash}", *(line for line in lines if line)])
+
+
+def make_uki(layout: Layout, keys: KeySet, root_hash: str, target: Path) -> None:
+    """Join kernel, initrd, command line and microcode, sign the PCR 11 policy, sign the whole for Secure Boot.
+
+    The policy holds in the initrd phase only: what runs later, or a root forged offline, cannot unseal the volumes.
+    """
+    kernel = layout.mkosi_output / "vmlinuz"
+    run(
+        [
+            *("ukify", "build", f"--output={target}", f"--stub={_EFI / 'linuxx64.efi.stub'}"),
+            *(f"--linux={kernel}", f"--initrd={layout.build / 'initrd.zst'}", f"--microcode={layout.build / 'microcode.cpio'}"),
+            *(f"--cmdline={command_line(layout, root_hash)}", f"--os-release=@{layout.root / 'usr/lib/os-release'}"),
+            *(f"--uname={kernel_version(layout.root)}", "--efi-arch=x64", "--pcr-banks=sha256", "--phases=enter-initrd"),
+            *(f"--pcr-private-key={keys.key('pcr')}", f"--pcr-public-key={keys.public('pcr')}"),
+            *("--signtool=sbsign", f"--secureboot-private-key={keys.key('db')}"),
+            f"--secureboot-certificate={keys.certificate('db')}",
+        ],
+        env={"SOURCE_DATE_EPOCH": str(SOURCE_DATE_EPOCH)},
+    )
+    if (size := target.stat().st_size) > layout.limits.uki_bytes:
+        die(f"the UKI has {size} bytes, over the limit of {layout.limits.uki_bytes} in image/limits.json")
+
+
+def _fill_esp(layout: Layout, keys: KeySet) -> None:
+    esp = layout.build / "esp"
+    shutil.rmtree(esp, ignore_errors=True)
+    for folder in ("EFI/BOOT", "EFI/systemd", "EFI/Linux", "loader"):
+        (esp / folder).mkdir(parents=True)
+    secureboot.sign(keys, _EFI / "systemd-bootx64.efi", esp / "EFI/BOOT/BOOTX64.EFI")
+    shutil.copy2(layout.repository / "image/loader.conf", esp / "loader/loader.conf")
+    shutil.copy2(layout.uki, esp / f"EFI/Linux/holdfast_{layout.version}.efi")
+    secureboot.write_variables(keys, esp / "loader/keys/auto")
+    for path in esp.rglob("*"):
+        os.utime(path, (SOURCE_DATE_EPOCH, SOURCE_DATE_EPOCH))
+
+
+def _write_manifest(layout: Layout, root_hash: str) -> None:
+    sizes = {"uki": layout.uki.stat().st_size}
+    payload = layout.build / "payload"
+    shutil.rmtree(payload, ignore_errors=True)
+    payload.mkdir()
+    table = json.loads(run(["sfdisk", "--json", layout.disk]).stdout)["partitiontable"]
+    packed = 0
+    for part in table["partitions"]:
+        name = part["name"]
+        if name == "esp":
+            continue
+        # Only what is written counts: slots are larger than what is in them and the rest is zero.
+        file = payload / name
+        with layout.disk.open("rb") as disk, file.open("wb") as out:
+            disk.seek(part["start"] * 512)
+            remaining = part["size"] * 512
+            while remaining and (block := disk.read(min(1 << 20, remaining))):
+                out.write(block)
+                remaining -= len(block)
+        run(["zstd", "--quiet", "--force", "-T0", "-3", file])
+        packed += (payload / f"{name}.zst").stat().st_size
+    shutil.rmtree(payload)
+    sizes["root"] = _used_bytes(layout, table)
+    sizes["payload"] = packed + sizes["uki"]
+    if sizes["payload"] > layout.limits.payload_bytes:
+        die(f"the payload has {sizes['payload']} bytes, over the limit of {layout.limits.payload_bytes} in image/limits.json")
+    room = layout.limits.root_slot_bytes * layout.limits.root_slot_fill_percent // 100
+    if sizes["root"] > room:
+        die(f"the root has {sizes['root']} bytes, over the {room} that image/limits.json allows in a slot")
+    layout.manifest.write_text(
+        json.dumps(
+            {
+                "version": layout.version,
+                "root_hash": root_hash,
+                "command_line": command_line(layout, root_hash),
+                "pcr11": predict_pcr11(layout.uki),
+                "uki_sha256": hashlib.sha256(layout.uki.read_bytes()).hexdigest(),
+                "sizes": sizes,
+            },
+            indent=2,
+        )
+        + "\n"
+    )
+
+
+def _used_bytes(layout: Layout, table: dict[str, Any]) -> int:
+    # erofs: block count at offset 36 of the superblock, which lies at 1024 (fs/erofs/erofs_fs.h); 4 KiB blocks.
+    start = next(part["start"] for part in table["partitions"] if part["name"].startswith("holdfast_")) * 512
+    with layout.disk.open("rb") as disk:
+        disk.seek(start + 1024 + 36)
+        return int.from_bytes(disk.read(4), "little") * 4096
+
+
+def make_test_extension(layout: Layout, keys: KeySet) -> None:
+    """What lets tests run commands on the host: a signed addon to the command line, honoured only by a firmware
+    whose db has the test certificate, and that db.
+
+    Raises: nothing for a release, which simply gets none.
+    """
+    if not keys.key("test").exists():
+        return
+    folder = layout.build / "test"
+    folder.mkdir(exist_ok=True)
+    line = " ".join((layout.repository / "tests/harness/cmdline").read_text().split())
+    run(
+        [
+            *("ukify", "build", f"--output={folder / 'test.addon.efi'}", f"--stub={_EFI / 'addonx64.efi.stub'}"),
+            *(f"--cmdline={line}", "--signtool=sbsign", f"--secureboot-private-key={keys.key('test')}"),
+            f"--secureboot-certificate={keys.certificate('test')}",
+        ]
+    )
+    secureboot.write_variables(keys, folder / "keys", db=("db", "test"))
+    shutil.copy2(folder / "keys/db.auth", folder / "db.auth")
+
+
+__all__ = ["UserError", "build_image", "command_line", "make_uki"]

@@ -1,0 +1,61 @@
+"""Runs mkosi: packages and our files become one tree, build/mkosi/root."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from image.builder.host import say
+from image.builder.layout import SOURCE_DATE_EPOCH, Layout
+from vmm.process import CommandFailed, run
+
+
+def make_tree(layout: Layout) -> None:
+    """Install the tree anew (packages come from mkosi's cache when their list did not change).
+
+    Raises: CommandFailed with mkosi's last lines; its whole output is in build/mkosi.log.
+    """
+    say("installing packages and files (mkosi)")
+    sandbox = layout.build / "mkosi.sandbox"
+    _write_apt_sources(sandbox)
+    folders = {name: layout.build / f"mkosi.{name}" for name in ("cache", "packages", "work")}
+    for folder in (*folders.values(), layout.mkosi_output):
+        folder.mkdir(parents=True, exist_ok=True)
+    with (layout.build / "mkosi.log").open("w") as log:
+        result = run(
+            [
+                "mkosi",
+                f"--directory={layout.repository}",
+                f"--sandbox-tree={sandbox}",
+                f"--cache-directory={folders['cache']}",
+                f"--package-cache-directory={folders['packages']}",
+                f"--workspace-directory={folders['work']}",
+                f"--output-directory={layout.mkosi_output}",
+                f"--image-version={layout.version}",
+                f"--source-date-epoch={SOURCE_DATE_EPOCH}",
+                "--force",
+                "build",
+            ],
+            check=False,
+            output=log,
+        )
+    if result.returncode != 0:
+        raise CommandFailed(["mkosi"], result.returncode, (layout.build / "mkosi.log").read_text())
+
+
+def _write_apt_sources(sandbox: Path) -> None:
+    # A file of this very name keeps mkosi from adding suites that mirrors lack (debian-debug); we are inside
+    # the tools tree here, whose own sources are the ones that were chosen for this build.
+    lines = []
+    for file in [Path("/etc/apt/sources.list"), *sorted(Path("/etc/apt/sources.list.d").glob("*.list"))]:
+        if file.exists():
+            lines += [line for line in file.read_text().splitlines() if line.startswith("deb ")]
+    deb822 = [file.read_text() for file in sorted(Path("/etc/apt/sources.list.d").glob("*.sources"))]
+    for line in lines:
+        words = [word for word in line.split() if not word.startswith("[") and not word.endswith("]")]
+        deb822.append(
+            f"Types: deb\nURIs: {words[1]}\nSuites: {words[2]}\nComponents: {' '.join(words[3:])}\n"
+            "Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg\n"
+        )
+    target = sandbox / "etc/apt/sources.list.d/mkosi.sources"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text("\n".join(deb822))

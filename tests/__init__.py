@@ -1,0 +1,1 @@
+"""Holdfast's tests and the harness that boots the image for them."""

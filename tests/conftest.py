@@ -1,0 +1,150 @@
+"""Fixtures for tests that boot the image, the sfr marker, and the record of results."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import requirements, results
+from tests.harness.checkpoint import Checkpoint, fresh, host_checkpoint
+from tests.harness.host import Host
+from tests.harness.image import Files, Image
+from tests.harness.machine import Hardware
+from tests.harness.seed import Identity, configuration, identities, seed_credential
+from tests.results import Result, Results
+from vmm.errors import UserError
+
+_TEST_FOLDER = Path("build/test")
+
+
+# -- markers and results -------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Collects how each test ended and writes it down at the end of the run."""
+
+    def __init__(self) -> None:
+        self._items: dict[str, pytest.Item] = {}
+        self._outcomes: dict[str, str] = {}
+        self._durations: dict[str, float] = {}
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Refuse markers that name no requirement, so that a misspelt one cannot go unnoticed."""
+        known = requirements.load().ids()
+        for item in items:
+            unknown = [name for name in requirement_ids(item) if name not in known]
+            if unknown:
+                raise pytest.UsageError(f"{item.nodeid}: sfr marker names no requirement: {', '.join(unknown)}")
+            self._items[item.nodeid] = item
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Join set-up, call and tear-down of a test: a failure in any of them is the test's."""
+        self._durations[report.nodeid] = self._durations.get(report.nodeid, 0.0) + report.duration
+        if report.when == "call" or report.outcome != "passed":
+            if self._outcomes.get(report.nodeid) != "failed":
+                self._outcomes[report.nodeid] = report.outcome
+
+    def pytest_sessionfinish(self) -> None:
+        """Write the results over those of earlier runs against the same image."""
+        found = [
+            Result(
+                nodeid=name,
+                outcome=outcome,
+                duration=round(self._durations[name], 3),
+                sfr=requirement_ids(self._items[name]),
+                markers=sorted({marker.name for marker in self._items[name].iter_markers()}),
+            )
+            for name, outcome in self._outcomes.items()
+        ]
+        try:
+            image = Image.built().root_hash
+        except UserError:
+            image = ""
+        if found:
+            results.save(results.merge(results.load(), Results(image, found)))
+
+
+def requirement_ids(item: pytest.Item) -> list[str]:
+    """The requirements that a test's sfr markers name."""
+    return sorted({str(name) for marker in item.iter_markers("sfr") for name in marker.args})
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the marker and the recorder."""
+    config.addinivalue_line("markers", "sfr(id, ...): the requirements (requirements.yaml) that the test checks")
+    config.pluginmanager.register(Recorder(), "holdfast-recorder")
+
+
+# -- the image under test ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def built_image() -> Image:
+    """The image that `make image` left; a test that needs it fails when it is missing."""
+    try:
+        return Image.built()
+    except UserError as error:
+        pytest.fail(f"{error.message}: {error.hint}", pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def clients() -> dict[str, Identity]:
+    """The administrators of the seeded host by role: admin, auditor, operator, user."""
+    return identities(_TEST_FOLDER / "identities")
+
+
+@pytest.fixture(scope="session")
+def seed(clients: dict[str, Identity]) -> str:
+    """The SMBIOS string with the usual configuration."""
+    return seed_credential(configuration(list(clients.values())))
+
+
+@pytest.fixture(scope="session")
+def booted(built_image: Image, seed: str) -> Checkpoint:
+    """The checkpoint of the booted host, made by the first test that needs it."""
+    return host_checkpoint(built_image, seed)
+
+
+@pytest.fixture
+def workdir(request: pytest.FixtureRequest) -> Path:
+    """An empty folder for a test's machine; it stays for its logs until the test runs again."""
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", request.node.nodeid.removeprefix("tests/"))
+    directory = _TEST_FOLDER / "run" / name
+    if directory.exists():
+        for old in directory.iterdir():
+            if old.is_file():
+                old.unlink()
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+@pytest.fixture
+def host(booted: Checkpoint, workdir: Path) -> Iterator[Host]:
+    """A booted, seeded host with API and test agent up, its clock set; changes end with the test."""
+    machine = booted.host(workdir)
+    with machine:
+        machine.agent.set_clock()
+        yield machine
+    machine.files.discard()
+
+
+@pytest.fixture
+def faulty_host(booted: Checkpoint, workdir: Path) -> Iterator[Host]:
+    """As host, on a disk whose power can be cut and that can be made to fail."""
+    machine = booted.host(workdir, faulty_disk=True)
+    with machine:
+        machine.agent.set_clock()
+        yield machine
+    machine.files.discard()
+
+
+@pytest.fixture
+def fresh_disk(built_image: Image, workdir: Path) -> Iterator[Files]:
+    """The release image, never booted, on a new machine: pass it to Host with a seed and switch it on."""
+    files = fresh(workdir, built_image.disk, Hardware().disk)
+    yield files
+    files.discard()

@@ -1,0 +1,118 @@
+"""A small client of QEMU's machine protocol: one command at a time, and waiting for events."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.harness.waiting import Deadline
+
+Event = dict[str, Any]
+
+
+class QmpError(Exception):
+    """QEMU refused a command, or went away."""
+
+
+class Qmp:
+    """A connection to one QEMU.
+
+    Raises: QmpError when the socket does not speak the protocol.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.connect(str(path))
+        self._pending = b""
+        self._events: list[Event] = []
+        greeting = self._receive(Deadline(30, "the greeting of QEMU"))
+        if "QMP" not in greeting:
+            raise QmpError(f"not a QMP greeting: {greeting}")
+        self.execute("qmp_capabilities")
+
+    def _receive(self, deadline: Deadline) -> dict[str, Any]:
+        while b"\n" not in self._pending:
+            self._socket.settimeout(deadline.left())
+            try:
+                chunk = self._socket.recv(65536)
+            except TimeoutError:
+                raise deadline.expired() from None
+            except ConnectionError:
+                chunk = b""
+            if not chunk:
+                raise QmpError("QEMU closed the connection")
+            self._pending += chunk
+        line, _, self._pending = self._pending.partition(b"\n")
+        message: dict[str, Any] = json.loads(line)
+        return message
+
+    def execute(self, command: str, arguments: dict[str, Any] | None = None, *, seconds: float = 60) -> Any:
+        """Run a command and return its result; events that come meanwhile are kept for wait_event.
+
+        Raises: QmpError when QEMU refuses it; Expired.
+        """
+        message: dict[str, Any] = {"execute": command}
+        if arguments:
+            message["arguments"] = arguments
+        deadline = Deadline(seconds, f"the answer to {command}")
+        try:
+            self._socket.sendall(json.dumps(message).encode() + b"\n")
+        except OSError as error:
+            raise QmpError(f"QEMU is gone: {error.strerror}") from None
+        while True:
+            answer = self._receive(deadline)
+            if "event" in answer:
+                self._events.append(answer)
+            elif "error" in answer:
+                raise QmpError(f"{command}: {answer['error']['desc']}")
+            elif "return" in answer:
+                return answer["return"]
+
+    def human(self, line: str) -> str:
+        """Run a command of the human monitor. Raises: QmpError; Expired."""
+        return str(self.execute("human-monitor-command", {"command-line": line}))
+
+    def wait_event(self, name: str, seconds: float, *, matches: Callable[[Event], bool] = lambda _: True) -> Event:
+        """Take the next event of that name for which ``matches`` holds, kept or still to come.
+
+        Other events stay kept. Raises: Expired; QmpError when QEMU goes away first.
+        """
+        deadline = Deadline(seconds, f"QEMU's event {name}")
+        checked = 0
+        while True:
+            while checked < len(self._events):
+                event = self._events[checked]
+                if event["event"] == name and matches(event):
+                    return self._events.pop(checked)
+                checked += 1
+            message = self._receive(deadline)
+            if "event" in message:
+                self._events.append(message)
+
+    def forget_events(self) -> None:
+        """Drop every event that came so far, so that wait_event sees only later ones."""
+        self.execute("query-status")  # Collects what is already on its way.
+        self._events.clear()
+
+    def run_job(self, command: str, job: str, arguments: dict[str, Any], seconds: float) -> None:
+        """Run a command that makes a background job and wait for the job's end.
+
+        Raises: QmpError with the job's error; Expired.
+        """
+
+        def ended(event: Event) -> bool:
+            return bool(event["data"]["id"] == job and event["data"]["status"] == "concluded")
+
+        self.execute(command, {"job-id": job, **arguments}, seconds=seconds)
+        self.wait_event("JOB_STATUS_CHANGE", seconds, matches=ended)
+        error = next(j.get("error") for j in self.execute("query-jobs") if j["id"] == job)
+        self.execute("job-dismiss", {"id": job})
+        if error:
+            raise QmpError(f"{command}: {error}")
+
+    def close(self) -> None:
+        """Close the connection; QEMU runs on."""
+        self._socket.close()

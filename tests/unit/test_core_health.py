@@ -1,0 +1,137 @@
+"""Health and version out of made-up /proc, /sys and /dev trees, and the watch over unknown domains."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from tests.unit.test_core_rig import FakeAudit, Rig, make_host
+from vmm import wire
+from vmm.audit.client import AuditClient
+from vmm.core import version
+from vmm.core.daemon import Watch
+from vmm.core.health import Platform, judge
+from vmm.hypervisor.types import Domain, State
+
+SECURE_BOOT = "sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
+GOOD = {
+    "sys/module/apparmor/parameters/enabled": "Y\n",
+    "proc/77/comm": "libvirtd\n",
+    "proc/77/attr/current": "libvirtd (enforce)\n",
+    "sys/devices/system/cpu/smt/active": "0\n",
+    "sys/devices/system/cpu/vulnerabilities/meltdown": "Not affected\n",
+    "sys/devices/system/cpu/vulnerabilities/spectre_v2": "Mitigation: Retpolines; SMT vulnerable\n",
+    "sys/kernel/mm/ksm/run": "0\n",
+    "sys/kernel/security/lockdown": "none [integrity] confidentiality\n",
+    SECURE_BOOT: "\x06\0\0\0\x01",
+    "sys/class/tpm/tpm0/tpm_version_major": "2\n",
+    # The last line is how a unit's InaccessiblePaths= looks.
+    "proc/self/mountinfo": """\
+22 1 254:0 / / ro,relatime - erofs /dev/mapper/root ro
+30 22 254:1 / /var rw,relatime - ext4 /dev/mapper/data rw
+31 30 254:2 / /var/lib/holdfast-audit rw,relatime - ext4 /dev/mapper/audit rw
+40 31 0:24 /systemd/inaccessible/dir /var/lib/holdfast-audit ro - tmpfs tmpfs rw
+""",
+    "sys/dev/block/254:1/dm/uuid": "CRYPT-LUKS2-0123-data\n",
+    "sys/dev/block/254:2/dm/uuid": "CRYPT-LUKS2-4567-audit\n",
+    "sys/dev/block/254:0/dm/uuid": "CRYPT-VERITY-89ab-root\n",
+}
+
+
+def put(root: Path, path: str, text: str) -> None:
+    (root / path).parent.mkdir(parents=True, exist_ok=True)
+    (root / path).write_text(text)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    make_host(tmp_path)
+    for path, text in GOOD.items():
+        put(tmp_path, path, text)
+    return tmp_path
+
+
+def bad(root: Path) -> dict[str, str]:
+    health = judge(Platform(root).verdicts())
+    assert (health.status == "ok") == all(check.ok for check in health.checks)
+    return {check.name: check.detail for check in health.checks if not check.ok}
+
+
+def test_a_host_as_it_should_be(root: Path) -> None:
+    assert bad(root) == {}
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "check"),
+    [
+        ("sys/module/apparmor/parameters/enabled", "N\n", "apparmor"),
+        ("proc/77/attr/current", "libvirtd (complain)\n", "apparmor"),
+        ("proc/77/comm", "other\n", "apparmor"),
+        ("sys/devices/system/cpu/smt/active", "1\n", "smt"),
+        ("sys/devices/system/cpu/vulnerabilities/mds", "Vulnerable: no microcode\n", "vulnerabilities"),
+        ("sys/devices/system/cpu/vulnerabilities/itlb", "KVM: Vulnerable\n", "vulnerabilities"),
+        ("sys/kernel/mm/ksm/run", "1\n", "ksm"),
+        ("sys/kernel/security/lockdown", "[none] integrity confidentiality\n", "lockdown"),
+        (SECURE_BOOT, "\x06\0\0\0\0", "secure-boot"),
+        ("sys/class/tpm/tpm0/tpm_version_major", "1\n", "tpm"),
+        ("sys/module/kvm_amd/parameters/npt", "N\n", "kvm"),
+        ("sys/dev/block/254:2/dm/uuid", "LVM-0123\n", "volumes-encrypted"),
+        ("sys/dev/block/254:1/dm/uuid", "CRYPT-PLAIN-data\n", "volumes-encrypted"),
+    ],
+)
+def test_each_fault_is_found(root: Path, path: str, text: str, check: str) -> None:
+    put(root, path, text)
+    assert list(bad(root)) == [check]
+
+
+def test_what_cannot_be_read_has_failed(tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    # Page merging may be missing from a kernel; everything else may not.
+    assert set(bad(tmp_path)) == {name for name in Platform(tmp_path).verdicts() if name != "ksm"}
+
+
+HASH = "0123456789abcdef" * 4
+
+
+def test_version_and_slot(tmp_path: Path) -> None:
+    put(tmp_path, "etc/os-release", 'ID=debian\nIMAGE_ID=holdfast\nIMAGE_VERSION="1.2.3"\n')
+    put(tmp_path, "proc/cmdline", f"quiet roothash={HASH} lockdown=integrity\n")
+    assert version.read(tmp_path) == version.Version("holdfast", "1.2.3", "", HASH)
+    for name, slot in (("root-a", "a"), ("root-B", "b"), ("a", "a"), ("holdfast_1.2.3", ""), ("data", "")):
+        put(tmp_path, "sys/class/block/vda2/uevent", f"DEVTYPE=partition\nPARTNAME={name}\n")
+        link = tmp_path / "dev/disk/by-partuuid/01234567-89ab-cdef-0123-456789abcdef"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to("../../vda2")
+        assert version.read(tmp_path).slot == slot
+    put(tmp_path, "proc/cmdline", "quiet\n")
+    assert version.read(tmp_path) == version.Version("holdfast", "1.2.3", "", "")
+
+
+def test_an_unknown_domain_is_reported_once_recorded(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    directory = tmp_path_factory.mktemp("core")
+
+    async def watch() -> None:
+        rig, audit = Rig(directory), FakeAudit()
+        server = await wire.serve(directory / "audit.sock", audit.handle)
+        watch = Watch(Platform(root), rig.hypervisor, rig.machines, AuditClient(directory / "audit.sock"))
+        assert (await watch.health()).status == "ok"
+        stranger = Domain(uuid4(), "stranger", State.RUNNING, None, None)
+        rig.hypervisor.domains[stranger.uuid] = stranger
+        audit.refuse_from = 0
+        assert (await watch.health()).status == "degraded"
+        audit.refuse_from = 9
+        for _ in range(2):
+            failed = [check for check in (await watch.health()).checks if not check.ok]
+            assert [check.name for check in failed] == ["unknown-domains"] and "stranger" in failed[0].detail
+        assert [(entry.type, entry.object.id) for entry in audit.entries] == [("machine.unknown", str(stranger.uuid))]
+        rig.hypervisor.connected = False
+        failed = [check for check in (await watch.health()).checks if not check.ok]
+        assert [check.name for check in failed] == ["libvirt", "unknown-domains"]
+        server.close()
+        rig.database.close()
+
+    asyncio.run(watch())

@@ -1,0 +1,208 @@
+"""What the tests of core and machines share: a pretended hypervisor and audit daemon, a host, a configuration."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+from xml.etree import ElementTree
+
+import msgspec
+
+from vmm import wire
+from vmm.audit.client import Entry
+from vmm.config.types import Administrator, Configuration, Management, Operational
+from vmm.core.db import Database
+from vmm.errors import Conflict, NotFound, Unavailable
+from vmm.hypervisor.domain import NAMESPACE
+from vmm.hypervisor.types import Domain, Listener, State
+from vmm.machines.host import Host
+from vmm.machines.nvram import Nvram
+from vmm.machines.service import Machines
+from vmm.volumes.service import Volumes
+from vmm.volumes.types import MIB
+
+ROLES = ("admin", "auditor", "operator", "user")
+
+
+class FakeConsole:
+    """Echoes what is typed, in capitals, until it is closed or its machine ends."""
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[bytes] = asyncio.Queue()
+        self.closed = False
+
+    async def read(self) -> bytes:
+        return await self._queue.get()
+
+    async def write(self, data: bytes) -> None:
+        self._queue.put_nowait(data.upper())
+
+    async def close(self) -> None:
+        self.closed = True
+
+    def end(self) -> None:
+        self._queue.put_nowait(b"")
+
+
+class FakeHypervisor:
+    """Keeps domains in memory; ``polite`` guests obey the power button."""
+
+    def __init__(self) -> None:
+        self.domains: dict[UUID, Domain] = {}
+        self.documents: list[str] = []
+        self.consoles: list[FakeConsole] = []
+        self.connected = True
+        self.polite = True
+        self.delay = 0.0
+        self.most_at_once = self._at_once = 0
+        self._listeners: list[Listener] = []
+
+    def subscribe(self, listener: Listener) -> None:
+        self._listeners.append(listener)
+
+    def reconnect(self) -> None:
+        """Events were missed."""
+        for listener in self._listeners:
+            listener(None, State.RUNNING)
+
+    async def start(self, xml: str) -> None:
+        self._check()
+        self._at_once += 1
+        self.most_at_once = max(self.most_at_once, self._at_once)
+        await asyncio.sleep(self.delay)
+        self._at_once -= 1
+        root = ElementTree.fromstring(xml)
+        element = root.find(f"metadata/{{{NAMESPACE}}}machine")
+        assert element is not None
+        id = UUID(root.findtext("uuid"))
+        if id in self.domains:
+            raise Conflict("libvirt refuses: it runs")
+        self.documents.append(xml)
+        self.domains[id] = Domain(
+            id, root.findtext("name") or "", State.RUNNING, element.get("spec-sha256"), int(element.get("uid") or 0)
+        )
+
+    async def shutdown(self, uuid: UUID) -> None:
+        self._get(uuid)
+        if self.polite:
+            asyncio.get_running_loop().call_later(0.01, self.ends, uuid)
+
+    async def destroy(self, uuid: UUID) -> None:
+        self._get(uuid)
+        self.ends(uuid)
+
+    async def state(self, uuid: UUID) -> State:
+        self._check()
+        return self.domains[uuid].state if uuid in self.domains else State.STOPPED
+
+    async def list(self) -> dict[UUID, Domain]:
+        self._check()
+        return dict(self.domains)
+
+    async def open_console(self, uuid: UUID) -> FakeConsole:
+        self._get(uuid)
+        self.consoles.append(FakeConsole())
+        return self.consoles[-1]
+
+    def ends(self, uuid: UUID, *, heard: bool = True) -> None:
+        """A domain ends; whether its event is heard."""
+        if self.domains.pop(uuid, None) and heard:
+            for listener in self._listeners:
+                listener(uuid, State.STOPPED)
+        for console in self.consoles:
+            console.end()
+
+    def _check(self) -> None:
+        if not self.connected:
+            raise Unavailable("libvirt does not answer")
+
+    def _get(self, uuid: UUID) -> Domain:
+        self._check()
+        if uuid not in self.domains:
+            raise NotFound("the machine does not run")
+        return self.domains[uuid]
+
+
+class FakeAudit:
+    """An audit daemon that keeps entries in memory; ``refuse_from`` is the number of entries it takes."""
+
+    def __init__(self) -> None:
+        self.entries: list[Entry] = []
+        self.refuse_from = 1 << 30
+
+    async def handle(self, request: wire.Request, _channel: wire.Channel) -> Any:
+        if request.method == "append":
+            if len(self.entries) >= self.refuse_from:
+                raise Unavailable("the audit store is full")
+            self.entries.append(msgspec.convert(request.params, Entry))
+            return {"seq": len(self.entries)}
+        if request.method == "read":
+            return {"records": [{"seq": request.params["after"] + 1}], "next": None}
+        return {"ok": True, "seq": len(self.entries), "head": ""}
+
+    def said(self) -> list[tuple[str, str, str]]:
+        """(type, phase, outcome) of every entry."""
+        return [(entry.type, entry.phase, entry.outcome) for entry in self.entries]
+
+
+def make_host(root: Path, *, memory: int = 4096 * MIB) -> Host:
+    """A host with hardware virtualisation; ``memory`` is MemTotal."""
+    for path, text in (
+        ("proc/meminfo", f"MemTotal: {memory // 1024} kB\nMemFree: 1 kB\n"),
+        ("dev/kvm", ""),
+        ("sys/module/kvm_amd/parameters/npt", "Y\n"),
+    ):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(text)
+    return Host(root)
+
+
+def certificate(role: str) -> str:
+    """Something that has a fingerprint; core leaves the rest to those who checked it."""
+    body = base64.encodebytes(f"the certificate of {role}".encode()).decode()
+    return f"-----BEGIN CERTIFICATE-----\n{body}-----END CERTIFICATE-----\n"
+
+
+def fingerprint(role: str) -> str:
+    return hashlib.sha256(f"the certificate of {role}".encode()).hexdigest()
+
+
+def configuration() -> Configuration:
+    return Configuration(
+        version=1,
+        hostname="hf1",
+        banner="",
+        management=Management("eth0", "dhcp"),
+        operational=(Operational("lan", "eth1"), Operational("dmz", "eth2")),
+        administrators=tuple(Administrator(f"{role}-1", role, certificate(role)) for role in ROLES),  # type: ignore[arg-type]
+    )
+
+
+class Rig:
+    """Machines and volumes over a pretended hypervisor."""
+
+    def __init__(self, directory: Path, *, memory: int = 4096 * MIB) -> None:
+        self.database = Database(directory / "core.db")
+        self.hypervisor = FakeHypervisor()
+        self.host = make_host(directory / "root", memory=memory)
+        (directory / "template.fd").write_bytes(b"variables")
+        self.nvram = Nvram(directory / "nvram", directory / "template.fd")
+        self.volumes = Volumes(self.database, directory, _no_importer)
+        self.networks = {"lan": "op-lan"}
+        self.machines = self.new_machines()
+
+    def new_machines(self) -> Machines:
+        """The service as it is after a restart."""
+        return Machines(self.database, self.hypervisor, self.host, self.nvram, self.volumes.path, lambda: self.networks)
+
+    async def recover(self) -> None:
+        await self.volumes.recover()
+        await self.machines.recover()
+
+
+async def _no_importer(source: int, target: int, format: Any, size: int) -> int:
+    raise Unavailable("no image converter here")

@@ -1,0 +1,49 @@
+"""The one table of routes. A route's permission is its core method; vmm/core/permissions.json says who has it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+BANNER = "/v1/banner"
+"""Answered by the API itself, and the only thing anybody gets without a certificate."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """One call of the API.
+
+    ``query`` names the query parameters it takes; a ``body`` is a JSON object. Both, and the names in the path,
+    become the core method's arguments. ``upload`` streams the body, ``console`` becomes a WebSocket.
+    """
+
+    verb: str
+    path: str
+    method: str
+    status: int = 200
+    query: Mapping[str, type[int] | type[str]] = field(default_factory=dict)
+    body: bool = False
+    kind: Literal["call", "upload", "console"] = "call"
+
+
+ROUTES = (
+    Route("GET", "/v1/version", "version.read"),
+    Route("GET", "/v1/health", "health.read"),
+    Route("GET", "/v1/configuration", "config.read"),
+    Route("GET", "/v1/volumes", "volume.list"),
+    Route("POST", "/v1/volumes", "volume.create", 201, body=True),
+    Route("GET", "/v1/volumes/{name}", "volume.show"),
+    Route("DELETE", "/v1/volumes/{name}", "volume.delete", 204),
+    Route("PUT", "/v1/volumes/{name}/content", "volume.upload", 201, {"format": str, "size": int}, kind="upload"),
+    Route("GET", "/v1/machines", "machine.list"),
+    Route("POST", "/v1/machines", "machine.create", 201, body=True),
+    Route("GET", "/v1/machines/{name}", "machine.show"),
+    Route("DELETE", "/v1/machines/{name}", "machine.delete", 204),
+    Route("POST", "/v1/machines/{name}/start", "machine.start"),
+    Route("POST", "/v1/machines/{name}/stop", "machine.stop", query={"timeout": int}),
+    Route("POST", "/v1/machines/{name}/force-off", "machine.force-off"),
+    Route("GET", "/v1/machines/{name}/console", "machine.console", 101, kind="console"),
+    Route("GET", "/v1/audit", "audit.read", query={"after": int, "limit": int}),
+    Route("POST", "/v1/recovery-keys/fetch", "recovery.fetch"),
+)

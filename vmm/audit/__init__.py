@@ -1,0 +1,1 @@
+"""The audit trail: takes records, chains them by hash, stores them durably and verifies them."""

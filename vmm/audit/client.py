@@ -1,0 +1,66 @@
+"""How the other daemons hand in and read audit records."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from vmm import wire
+from vmm.audit.records import Actor, Entry, Object
+from vmm.errors import Unavailable, UserError
+from vmm.paths import AUDIT_SOCKET
+
+__all__ = ["Actor", "AuditClient", "Entry", "Object"]
+
+
+class AuditClient:
+    """Talks to the audit daemon; one connection a call, so calls may run side by side."""
+
+    def __init__(self, socket: Path = AUDIT_SOCKET, *, timeout: float = 10.0) -> None:
+        """Arguments: ``timeout`` is in seconds, for one call."""
+        self._socket = socket
+        self._timeout = timeout
+
+    async def append(self, entry: Entry) -> int:
+        """Hand in a record and wait until it is on stable storage; returns its sequence number.
+
+        Raises: Unavailable, whatever stopped it: a caller that cannot audit must not act.
+        """
+        try:
+            result = await self._call("append", msgspec.to_builtins(entry))
+        except Unavailable:
+            raise
+        except UserError as error:
+            raise Unavailable(f"the audit daemon refused a record: {error.message}", hint=error.hint) from None
+        return int(result["seq"])
+
+    def append_sync(self, entry: Entry) -> int:
+        """The same for programs without an event loop. Raises: Unavailable."""
+        return asyncio.run(self.append(entry))
+
+    async def read(self, after: int, limit: int) -> dict[str, Any]:
+        """Read up to ``limit`` records with sequence numbers above ``after``.
+
+        Returns: ``{"records": [...], "next": seq or None}``; pass ``next`` as ``after`` for the
+        following page, which may come before ``limit`` is reached when records are large.
+        Raises: Unavailable; Forbidden for users that may not read the trail.
+        """
+        result: dict[str, Any] = await self._call("read", {"after": after, "limit": limit})
+        return result
+
+    async def health(self) -> dict[str, Any]:
+        """``{"ok": bool, "seq": n, "head": hex}``; not ok while records are refused. Raises: Unavailable."""
+        result: dict[str, Any] = await self._call("health", {})
+        return result
+
+    async def _call(self, method: str, params: dict[str, Any]) -> Any:
+        try:
+            async with asyncio.timeout(self._timeout):
+                return await wire.call(self._socket, method, params)
+        except TimeoutError:
+            raise Unavailable(f"the audit daemon did not answer within {self._timeout:g} s") from None
+        except ConnectionError:
+            raise Unavailable("the audit daemon went away") from None

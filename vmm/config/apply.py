@@ -1,0 +1,161 @@
+"""The configure step of every boot: find the configuration, check it whole, store it, render it.
+
+It runs as root before the network comes up. A configuration that is wrong leaves nothing behind but
+an audit record and a file that the console screen shows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import msgspec
+
+from vmm import paths
+from vmm.config import atomic, render, sources
+from vmm.config.interfaces import describe, present, resolve
+from vmm.config.load import MAX_DOCUMENT, ConfigurationError, decode, encode
+from vmm.config.types import Configuration
+from vmm.errors import UserError
+
+STORED = "the stored configuration"
+_NETWORK_FILES = ("10-management.network", "20-op-*.netdev", "21-op-*.network", "22-op-*-port.network")
+
+
+class Record(Protocol):
+    """Writes one audit record durably. Raises: UserError when it cannot."""
+
+    def __call__(
+        self,
+        *,
+        type: str,
+        phase: str,
+        actor: dict[str, str],
+        object: dict[str, str],
+        outcome: str,
+        reason: str,
+        request: str,
+        extra: dict[str, Any],
+    ) -> Any: ...
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """Why the configuration is not, or not wholly, in force (/run/holdfast/config-error.json)."""
+
+    message: str
+    source: str
+    hint: str = ""
+
+
+def run(record: Record, set_hostname: Callable[[str], None]) -> Failure | None:
+    """Apply the stored configuration or, where there is none, the first seed.
+
+    Returns what is wrong, which config-error.json says too; None when all is well. A stored
+    configuration is applied as far as the hardware allows; a seed is refused instead, while whoever
+    wrote it is still near.
+    """
+    source = STORED
+    try:
+        is_new = not paths.STORED_CONFIG.exists()
+        if is_new:
+            found = sources.find()
+            if found is None:
+                source = ""
+                raise UserError("no configuration was found", hint="make a seed with `holdfast seed` and restart the host")
+            source, document = found.name, found.document
+        else:
+            with paths.STORED_CONFIG.open("rb") as file:
+                document = file.read(MAX_DOCUMENT + 1)
+        config = decode(document)
+        interfaces = present()
+        problem = _misfit(config, interfaces, must_exist=is_new)
+        rendered = render.files(config, interfaces)
+        # A new set of administrators is adopted only once that is on record.
+        unrecorded = _record(record, source, document=document)
+        if is_new:
+            if unrecorded is not None:
+                raise unrecorded
+            atomic.write(paths.STORED_CONFIG, encode(config))
+        _write(config, rendered)
+        set_hostname(config.hostname)
+    except sources.SourceError as error:
+        return _refuse(record, error, error.source)
+    except UserError as error:
+        return _refuse(record, error, source)
+    except OSError as error:
+        return _refuse(record, UserError(f"{error.filename or 'the system'}: {error.strerror}"), source)
+    if problem := problem or unrecorded:
+        return _report(problem, source)
+    paths.CONFIG_ERROR.unlink(missing_ok=True)
+    return None
+
+
+def _misfit(config: Configuration, interfaces: Mapping[str, str], *, must_exist: bool) -> UserError | None:
+    """Compare the configuration with the hardware.
+
+    Returns the first interface that is missing, or raises it if ``must_exist``.
+
+    Raises: ConfigurationError when two entries mean the same interface, one by name and one by MAC.
+    """
+    wanted = [("management.interface", config.management.interface)]
+    wanted += [(f"operational[{i}].interface", network.interface) for i, network in enumerate(config.operational)]
+    missing: ConfigurationError | None = None
+    fields: dict[str, str] = {}
+    for field, interface in wanted:
+        name = resolve(interface, interfaces)
+        if name is None:
+            missing = missing or ConfigurationError(
+                field, f"this host has no interface {interface}", hint=f"it has: {describe(interfaces)}"
+            )
+        elif name in fields:
+            raise ConfigurationError(field, f"{interface} is the interface already used by {fields[name]}")
+        else:
+            fields[name] = field
+    if missing and must_exist:
+        raise missing
+    return missing
+
+
+def _write(config: Configuration, rendered: Mapping[str, str]) -> None:
+    for pattern in _NETWORK_FILES:
+        for stale in (paths.ROOT / render.NETWORK_DIRECTORY).glob(pattern):
+            stale.unlink()
+    (paths.ROOT / render.TIME_SERVERS).unlink(missing_ok=True)
+    for path, text in rendered.items():
+        atomic.write(paths.ROOT / path, text.encode())
+    atomic.write(paths.APPLIED_CONFIG, encode(config))
+
+
+def _record(record: Record, source: str, *, document: bytes | None = None, reason: str = "") -> UserError | None:
+    """Put on record that a configuration was applied (``document``) or refused (``reason``).
+
+    Returns the error instead of raising it: only a new configuration depends on it.
+    """
+    try:
+        record(
+            type="config.refused" if reason else "config.applied",
+            phase="event",
+            actor={"id": "-", "role": "", "origin": "local"},
+            object={"kind": "configuration", "id": "", "name": source},
+            outcome="failure" if reason else "success",
+            reason=reason,
+            request="",
+            extra={"sha256": hashlib.sha256(document).hexdigest()} if document is not None else {},
+        )
+    except UserError as error:
+        return UserError(f"the audit trail does not take records: {error.message}", hint=error.hint)
+    return None
+
+
+def _refuse(record: Record, error: UserError, source: str) -> Failure:
+    unrecorded = _record(record, source, reason=error.message)
+    if unrecorded is not None:
+        print(unrecorded.message)
+    return _report(error, source)
+
+
+def _report(error: UserError, source: str) -> Failure:
+    failure = Failure(error.message, source, error.hint)
+    atomic.write(paths.CONFIG_ERROR, msgspec.json.encode(failure) + b"\n")
+    return failure

@@ -1,0 +1,260 @@
+"""Decode and check a configuration document; it is accepted or refused as a whole."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import msgspec
+
+from vmm import paths
+from vmm.config.certificates import check_certificate
+from vmm.config.types import Configuration, Management
+from vmm.errors import UserError
+
+VERSION = 1
+MAX_DOCUMENT = 64 * 1024
+MAX_BANNER = 4096
+MAX_OPERATIONAL = 32
+MAX_ADMINISTRATORS = 256
+MAX_SERVERS = 8
+# The kernel's limit (HOST_NAME_MAX), shorter than RFC 1123's 253.
+MAX_HOSTNAME = 64
+
+_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+_DOMAIN = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
+_NAME = re.compile(r"[a-z][a-z0-9-]{0,62}")
+_OPERATIONAL_NAME = re.compile(r"[a-z][a-z0-9]{0,7}")
+_INTERFACE = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,14}")
+_MAC = re.compile(r"[0-9a-f]{2}(?::[0-9a-f]{2}){5}")
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Interface = ipaddress.IPv4Interface | ipaddress.IPv6Interface
+
+
+class ConfigurationError(UserError):
+    """The document breaks a rule; the message starts with the path of the field at fault."""
+
+    code = "configuration-invalid"
+
+    def __init__(self, field: str, message: str, *, hint: str = "") -> None:
+        super().__init__(f"{field}: {message}" if field else message, hint=hint)
+        self.field = field
+
+
+def decode(document: bytes) -> Configuration:
+    """Decode a document and check all of its rules.
+
+    Raises: ConfigurationError naming the field, for example
+    "management.address: not an IPv4 or IPv6 interface address: '10.0.0'".
+    """
+    if len(document) > MAX_DOCUMENT:
+        raise ConfigurationError("", f"the document is longer than {MAX_DOCUMENT} bytes")
+    try:
+        config = msgspec.json.decode(document, type=Configuration)
+    except msgspec.ValidationError as error:
+        raise _type_error(str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigurationError("", f"not a JSON document: {error}") from None
+    check(config)
+    return config
+
+
+def load(path: Path) -> Configuration:
+    """Read a document from a file and check it.
+
+    Raises: ConfigurationError; UserError when the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return decode(file.read(MAX_DOCUMENT + 1))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+
+
+def applied() -> Configuration:
+    """The configuration this host runs with. Raises: UserError when there is none."""
+    return load(paths.APPLIED_CONFIG)
+
+
+def encode(config: Configuration) -> bytes:
+    """The document as it is stored: indented JSON with a newline at the end."""
+    return msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n"
+
+
+def check(config: Configuration) -> None:
+    """Check the rules that types cannot express. Raises: ConfigurationError."""
+    if config.version != VERSION:
+        raise ConfigurationError(
+            "version", f"{config.version} is not known here", hint=f"this release reads version {VERSION}"
+        )
+    if len(config.hostname) > MAX_HOSTNAME or not _DOMAIN.fullmatch(config.hostname):
+        raise ConfigurationError("hostname", f"not a host name of at most {MAX_HOSTNAME} characters: {config.hostname!r}")
+    _check_banner(config.banner)
+    _check_management(config.management)
+    _check_operational(config)
+    _check_administrators(config)
+    _limit("time_servers", config.time_servers, MAX_SERVERS)
+    for index, server in enumerate(config.time_servers):
+        if not _is(address, server) and (len(server) > 253 or not _DOMAIN.fullmatch(server)):
+            raise ConfigurationError(f"time_servers[{index}]", f"not an address or host name: {server!r}")
+
+
+def address(text: str) -> Address:
+    """Parse an address without a scope. Raises: ValueError."""
+    # Python takes anything at all, newlines too, behind the % of a scope.
+    if "%" in text:
+        raise ValueError(text)
+    return ipaddress.ip_address(text)
+
+
+def interface_address(text: str) -> Interface:
+    """Parse an address with its prefix length. Raises: ValueError."""
+    if "%" in text or "/" not in text:
+        raise ValueError(text)
+    return ipaddress.ip_interface(text)
+
+
+def interface_key(text: str) -> str:
+    """One spelling for an interface: MAC addresses in lower case, kernel names as they are."""
+    return text.lower() if is_mac(text) else text
+
+
+def is_mac(text: str) -> bool:
+    """Whether an interface is given by its MAC address."""
+    return _MAC.fullmatch(text.lower()) is not None
+
+
+def is_interface_name(text: str) -> bool:
+    """Whether the text is safe as a kernel interface name, in files as well as in paths."""
+    return _INTERFACE.fullmatch(text) is not None
+
+
+def _type_error(message: str) -> ConfigurationError:
+    """Turn msgspec's wording ("... - at `$.a[1].b`") round, so that the field comes first."""
+    reason, _, path = message.partition(" - at ")
+    field = path.strip("`").removeprefix("$").removeprefix(".")
+    if named := re.fullmatch(r"Object (missing required|contains unknown) field `(.*)`", reason, re.DOTALL):
+        field = f"{field}.{named[2]}" if field else named[2]
+        reason = "is missing" if named[1].startswith("missing") else "is not a known field"
+    return ConfigurationError(field, reason[:1].lower() + reason[1:].replace("`", ""))
+
+
+def _is(parse: Callable[[str], object], text: str) -> bool:
+    try:
+        parse(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _limit(field: str, values: tuple[object, ...], most: int) -> None:
+    if len(values) > most:
+        raise ConfigurationError(field, f"{len(values)} entries are more than the {most} allowed")
+
+
+def _unique(values: Iterable[tuple[str, str]]) -> None:
+    """Check (field, value) pairs. Raises: ConfigurationError naming both fields of a repeated value."""
+    seen: dict[str, str] = {}
+    for field, value in values:
+        if value in seen:
+            raise ConfigurationError(field, f"{value!r} is already used by {seen[value]}")
+        seen[value] = field
+
+
+def _check_banner(banner: str) -> None:
+    if len(banner) > MAX_BANNER:
+        raise ConfigurationError("banner", f"longer than {MAX_BANNER} characters")
+    for index, character in enumerate(banner):
+        if not character.isprintable() and character != "\n":
+            raise ConfigurationError("banner", f"character {index + 1} is not printable: {character!r}")
+
+
+def _check_interface(field: str, text: str) -> None:
+    if is_mac(text):
+        first = int(text[:2], 16)
+        if first & 1 or text == "00:00:00:00:00:00":
+            raise ConfigurationError(field, f"not the MAC address of one interface: {text!r}")
+    elif not is_interface_name(text) or text == "lo" or text.startswith("op-"):
+        raise ConfigurationError(field, f"not an interface name or MAC address: {text!r}")
+
+
+def _check_management(management: Management) -> None:
+    _check_interface("management.interface", management.interface)
+    _limit("management.dns", management.dns, MAX_SERVERS)
+    for index, server in enumerate(management.dns):
+        if not _is(address, server):
+            raise ConfigurationError(f"management.dns[{index}]", f"not an IPv4 or IPv6 address: {server!r}")
+    if management.address == "dhcp":
+        if management.gateway is not None:
+            raise ConfigurationError("management.gateway", "must be null when the address comes from DHCP")
+        return
+    try:
+        own = interface_address(management.address)
+    except ValueError:
+        raise ConfigurationError(
+            "management.address",
+            f"not an IPv4 or IPv6 interface address: {management.address!r}",
+            hint='write it with its prefix length, as in "192.0.2.10/24", or "dhcp"',
+        ) from None
+    if own.ip.is_loopback or own.ip.is_multicast or own.ip.is_unspecified or own.ip.is_link_local:
+        raise ConfigurationError("management.address", f"not an address a host can have: {management.address!r}")
+    network = own.network
+    ends = (network.network_address, network.broadcast_address) if own.version == 4 else (network.network_address,)
+    if network.num_addresses > 2 and own.ip in ends:
+        raise ConfigurationError("management.address", f"the address of a network, not of a host: {management.address!r}")
+    if management.gateway is not None:
+        _check_gateway(management.gateway, own)
+
+
+def _check_gateway(text: str, own: Interface) -> None:
+    field = "management.gateway"
+    if not _is(address, text):
+        raise ConfigurationError(field, f"not an IPv4 or IPv6 address: {text!r}")
+    gateway = address(text)
+    if gateway == own.ip:
+        raise ConfigurationError(field, f"{text} is the host's own address")
+    # An IPv6 router is usually known by its link-local address.
+    if gateway not in own.network and not (gateway.version == own.version == 6 and gateway.is_link_local):
+        raise ConfigurationError(field, f"{text} is not in the network {own.network} of management.address")
+
+
+def _check_operational(config: Configuration) -> None:
+    _limit("operational", config.operational, MAX_OPERATIONAL)
+    for index, network in enumerate(config.operational):
+        if not _OPERATIONAL_NAME.fullmatch(network.name):
+            raise ConfigurationError(
+                f"operational[{index}].name", f"not a letter and up to 7 letters or digits (a-z, 0-9): {network.name!r}"
+            )
+        _check_interface(f"operational[{index}].interface", network.interface)
+    _unique((f"operational[{index}].name", network.name) for index, network in enumerate(config.operational))
+    _unique(
+        [("management.interface", interface_key(config.management.interface))]
+        + [(f"operational[{i}].interface", interface_key(n.interface)) for i, n in enumerate(config.operational)]
+    )
+
+
+def _check_administrators(config: Configuration) -> None:
+    _limit("administrators", config.administrators, MAX_ADMINISTRATORS)
+    for index, person in enumerate(config.administrators):
+        if not _NAME.fullmatch(person.name):
+            raise ConfigurationError(
+                f"administrators[{index}].name", f"not a letter and up to 62 of a-z, 0-9 and '-': {person.name!r}"
+            )
+        try:
+            check_certificate(person.certificate)
+        except UserError as error:
+            raise ConfigurationError(f"administrators[{index}].certificate", error.message, hint=error.hint) from None
+    _unique((f"administrators[{index}].name", person.name) for index, person in enumerate(config.administrators))
+    prints: dict[str, int] = {}
+    for index, person in enumerate(config.administrators):
+        if person.fingerprint in prints:
+            raise ConfigurationError(
+                f"administrators[{index}].certificate",
+                f"the same certificate as administrators[{prints[person.fingerprint]}].certificate",
+            )
+        prints[person.fingerprint] = index
+    if not any(person.role == "admin" for person in config.administrators):
+        raise ConfigurationError("administrators", "none of them has the role admin")

@@ -1,0 +1,61 @@
+"""The configuration document's types; what they must hold beyond their types is checked in load.py."""
+
+from __future__ import annotations
+
+import hashlib
+import ssl
+from typing import Literal
+
+import msgspec
+
+Role = Literal["admin", "auditor", "operator", "user"]
+
+
+class Management(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The one interface that the host itself answers on.
+
+    ``interface`` is a kernel name or a MAC address; ``address`` is "dhcp" or an address with its
+    prefix length ("10.0.2.15/24"); ``gateway`` and ``dns`` are addresses.
+    """
+
+    interface: str
+    address: str
+    gateway: str | None = None
+    dns: tuple[str, ...] = ()
+
+
+class Operational(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A network for guests: a physical interface (kernel name or MAC address) behind a bridge."""
+
+    name: str
+    interface: str
+
+    @property
+    def bridge(self) -> str:
+        """The bridge's interface name (at most 11 bytes of the kernel's 15)."""
+        return f"op-{self.name}"
+
+
+class Administrator(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Someone who may call the API: a name, a role and the client certificate (PEM) that proves it."""
+
+    name: str
+    role: Role
+    certificate: str
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the certificate's DER form, 64 lower-case hexadecimal digits."""
+        return hashlib.sha256(ssl.PEM_cert_to_DER_cert(self.certificate.strip())).hexdigest()
+
+
+class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The whole document. Only load.decode() makes one that may be trusted to hold its rules."""
+
+    version: int
+    hostname: str
+    banner: str
+    management: Management
+    operational: tuple[Operational, ...] = ()
+    administrators: tuple[Administrator, ...]
+    time_servers: tuple[str, ...] = ()

@@ -1,0 +1,91 @@
+"""The arguments of every method, and how a wrong one is named to the caller."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+
+from vmm.errors import UserError
+from vmm.volumes.types import MAX_SIZE, Format, Name, Size
+
+T = TypeVar("T")
+
+
+class Caller(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Who the API says is calling; ``fingerprint`` is of the certificate that TLS verified."""
+
+    fingerprint: Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+    subject: Annotated[str, msgspec.Meta(max_length=4096)]
+    origin: Annotated[str, msgspec.Meta(max_length=128)]
+    request_id: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+
+
+class Envelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The parameters of every call."""
+
+    caller: Caller
+    args: dict[str, Any] = {}
+
+
+class Nothing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """No arguments."""
+
+
+class Named(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The name of a machine or volume."""
+
+    name: Name
+
+
+class CreateVolume(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A new, empty volume; ``size`` is in bytes."""
+
+    name: Name
+    size: Size
+
+
+class UploadVolume(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A new volume out of an image of ``length`` bytes, which follows as data frames.
+
+    ``size`` in bytes, when given, is that of the volume; the image's disk may be smaller.
+    """
+
+    name: Name
+    format: Format
+    length: Annotated[int, msgspec.Meta(ge=1, le=MAX_SIZE)]
+    size: Size | None = None
+
+
+class Stop(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which machine to stop, and how many seconds to give its system for it."""
+
+    name: Name
+    timeout: Annotated[int, msgspec.Meta(ge=1, le=3600)] = 60
+
+
+class ReadAudit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Up to ``limit`` records with sequence numbers above ``after``."""
+
+    after: Annotated[int, msgspec.Meta(ge=0)] = 0
+    limit: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 100
+
+
+def decode(value: Any, type: type[T]) -> T:
+    """Make typed arguments of JSON values. Raises: UserError beginning with the path of the wrong field."""
+    try:
+        return msgspec.convert(value, type)
+    except msgspec.ValidationError as error:
+        raise UserError(_reworded(str(error))) from None
+
+
+def _reworded(message: str) -> str:
+    """Turn msgspec's "Expected `int`, got `str` - at `$.a[0].b`" round, so that the field comes first."""
+    reason, _, path = message.partition(" - at ")
+    field = path.strip("`").removeprefix("$").removeprefix(".")
+    named = re.fullmatch(r"Object (missing required|contains unknown) field `(.*)`", reason, re.DOTALL)
+    if named:
+        field = f"{field}.{named[2]}" if field else named[2]
+        reason = "is missing" if named[1].startswith("missing") else "is not a known field"
+    return f"{field}: {reason}" if field else reason

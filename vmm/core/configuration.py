@@ -1,0 +1,48 @@
+"""The configuration in force, as far as core needs it. The configure service has checked it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from vmm.config.types import Administrator, Configuration
+from vmm.errors import Forbidden, Unavailable
+from vmm.paths import APPLIED_CONFIG
+
+_Stamp = tuple[int, int, int]
+
+
+class AppliedConfiguration:
+    """Reads the document anew whenever the file was replaced."""
+
+    def __init__(self, path: Path = APPLIED_CONFIG) -> None:
+        self._path = path
+        self._stamp: _Stamp | None = None
+        self._document: Configuration | None = None
+        self._administrators: dict[str, Administrator] = {}
+
+    def document(self) -> Configuration:
+        """The whole document. Raises: Unavailable when there is none that can be read."""
+        try:
+            status = self._path.stat()
+            stamp = (status.st_ino, status.st_mtime_ns, status.st_size)
+            if self._document is None or stamp != self._stamp:
+                document = msgspec.json.decode(self._path.read_bytes(), type=Configuration)
+                self._administrators = {person.fingerprint: person for person in document.administrators}
+                self._document, self._stamp = document, stamp
+        except (OSError, ValueError):  # msgspec's errors are ValueErrors
+            raise Unavailable("the host has no configuration in force", hint="Its console says why.") from None
+        return self._document
+
+    def administrator(self, fingerprint: str) -> Administrator:
+        """Who has the certificate with this fingerprint. Raises: Forbidden; Unavailable."""
+        self.document()
+        found = self._administrators.get(fingerprint)
+        if found is None:
+            raise Forbidden("no administrator has this certificate")
+        return found
+
+    def networks(self) -> dict[str, str]:
+        """The operational networks: name → bridge. Raises: Unavailable."""
+        return {network.name: network.bridge for network in self.document().operational}

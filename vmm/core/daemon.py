@@ -1,0 +1,142 @@
+"""Core's process: puts the parts together, serves its socket, and keeps watch over the host's health."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pwd
+import signal
+import sys
+from contextlib import suppress
+from uuid import UUID
+
+import msgspec
+
+from vmm import wire
+from vmm.audit.client import AuditClient, Entry, Object
+from vmm.config import atomic
+from vmm.core.configuration import AppliedConfiguration
+from vmm.core.db import Database
+from vmm.core.dispatch import Audit, Dispatcher
+from vmm.core.health import Health, Platform, Verdict, judge
+from vmm.core.methods import Handlers
+from vmm.core.permissions import Permissions
+from vmm.core.recovery import Recovery
+from vmm.errors import Unavailable
+from vmm.hypervisor.driver import LibvirtHypervisor
+from vmm.hypervisor.types import Domain, Hypervisor
+from vmm.machines.host import Host
+from vmm.machines.nvram import Nvram
+from vmm.machines.service import Machines
+from vmm.notify import notify
+from vmm.paths import CORE_SOCKET, CORE_STATE
+from vmm.volumes import files
+from vmm.volumes.importer import ConfinedImporter
+from vmm.volumes.service import Volumes
+
+API_USER = "holdfast-api"
+HEALTH_FILE = CORE_SOCKET.with_name("health.json")
+_HEALTH_INTERVAL_S = 30.0
+# Shorter than systemd's patience; uploads and conversions that take longer are undone.
+_STOP_GRACE_S = 20.0
+
+
+class Watch:
+    """The health of the host: computed when asked and now and then, kept in a file for the console."""
+
+    def __init__(self, platform: Platform, hypervisor: Hypervisor, machines: Machines, audit: AuditClient) -> None:
+        self._platform = platform
+        self._hypervisor = hypervisor
+        self._machines = machines
+        self._audit = audit
+        self._reported: set[UUID] = set()
+
+    async def health(self) -> Health:
+        """Run all checks. An unknown domain seen for the first time is put on record."""
+        verdicts = await asyncio.to_thread(self._platform.verdicts)
+        verdicts["audit"] = await self._audit_verdict()
+        verdicts["libvirt"] = (True, "connected") if self._hypervisor.connected else (False, "does not answer")
+        verdicts["unknown-domains"] = await self._unknown_verdict()
+        return judge(verdicts)
+
+    async def keep(self) -> None:
+        """Write the health file for ever."""
+        while True:
+            content = msgspec.json.encode(await self.health())
+            with suppress(OSError):
+                await asyncio.to_thread(atomic.write, HEALTH_FILE, content, mode=0o644)
+            await asyncio.sleep(_HEALTH_INTERVAL_S)
+
+    async def _audit_verdict(self) -> Verdict:
+        try:
+            answer = await self._audit.health()
+        except Unavailable as error:
+            return False, error.message
+        return bool(answer["ok"]), f"{answer['seq']} records"
+
+    async def _unknown_verdict(self) -> Verdict:
+        try:
+            unknown = await self._machines.unknown()
+        except Unavailable as error:
+            return False, error.message
+        for domain in unknown:
+            if domain.uuid not in self._reported and await report_unknown(self._audit, domain):
+                self._reported.add(domain.uuid)
+        names = ", ".join(f"{domain.name} ({domain.uuid})" for domain in unknown)
+        return not unknown, f"running without being a machine here: {names}" if unknown else "none"
+
+
+async def report_unknown(audit: Audit, domain: Domain) -> bool:
+    """Put on record that something runs which is no machine of ours; whether that worked."""
+    entry = Entry(
+        type="machine.unknown",
+        outcome="failure",
+        reason="a domain runs that is not, or not as it is, in core's database",
+        object=Object(kind="machine", id=str(domain.uuid), name=domain.name),
+    )
+    try:
+        await audit.append(entry)
+    except Unavailable as error:
+        print(f"core: unknown domain {domain.uuid}; not recorded: {error.message}", file=sys.stderr, flush=True)
+        return False
+    return True
+
+
+async def serve() -> None:
+    """Run core until SIGTERM. Guests run on. Raises: UserError when its state cannot be opened."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    files.make_directory(CORE_STATE)
+    database = Database(CORE_STATE / "core.db")
+    hypervisor = LibvirtHypervisor()
+    configuration = AppliedConfiguration()
+    audit = AuditClient()
+    volumes = Volumes(database, CORE_STATE, ConfinedImporter())
+    machines = Machines(database, hypervisor, Host(), Nvram(CORE_STATE / "nvram"), volumes.path, configuration.networks)
+    await volumes.recover()
+    await machines.recover()
+    try:
+        await hypervisor.connect()
+    except Unavailable as error:
+        print(f"core: {error.message}; trying on", file=sys.stderr, flush=True)
+    watch = Watch(Platform(), hypervisor, machines, audit)
+    handlers = Handlers(configuration, volumes, machines, audit, watch.health, Recovery())
+    dispatcher = Dispatcher(handlers.table(), Permissions(), configuration, audit, handlers.identify, peers=_peers())
+    server = await wire.serve(CORE_SOCKET, dispatcher.handle, mode=0o666)
+    keeping = asyncio.create_task(watch.keep())
+    notify()
+    await stop.wait()
+    server.close()
+    keeping.cancel()
+    await dispatcher.close(_STOP_GRACE_S)
+    await hypervisor.close()
+    database.close()
+
+
+def _peers() -> frozenset[int]:
+    """The uids that may call: root, ourselves and the API."""
+    try:
+        return frozenset({0, os.geteuid(), pwd.getpwnam(API_USER).pw_uid})
+    except KeyError:
+        return frozenset({0, os.geteuid()})

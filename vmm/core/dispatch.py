@@ -1,0 +1,262 @@
+"""From a call to its answer: identify, authorise, audit, do.
+
+A change is done only once its intent is on record, and answered only once its outcome is; reads and refusals are
+answered once they are on record. Without audit nothing is done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import msgspec
+
+from vmm import wire
+from vmm.audit.client import Actor, Entry, Object
+from vmm.core.arguments import Caller, Envelope, decode
+from vmm.core.configuration import AppliedConfiguration
+from vmm.core.permissions import Permissions
+from vmm.errors import Forbidden, NotFound, Unavailable, UserError
+
+_MOST_REASON = 1000
+_UNKNOWN_METHOD = "core.unknown-method"
+_FOREIGN_PEER = "core.foreign-peer"
+
+
+class Audit(Protocol):
+    """The part of the audit client that is used here."""
+
+    async def append(self, entry: Entry) -> int:
+        """Put a durable record. Raises: Unavailable."""
+
+
+@dataclass
+class Call:
+    """One call on its way through a handler."""
+
+    channel: wire.Channel
+    upload: Upload
+    # The identity of what a handler made, for the outcome record.
+    object_id: str = ""
+
+
+class Upload:
+    """The bytes that a caller sends along; what is not wanted can be thrown away."""
+
+    def __init__(self, channel: wire.Channel) -> None:
+        self._channel = channel
+        self._ended = False
+
+    async def content(self) -> AsyncIterator[bytes]:
+        """The bytes as they come. Raises: UserError when the caller goes away in between."""
+        while not self._ended:
+            try:
+                kind, payload = await self._channel.receive()
+            except wire.ProtocolError as error:
+                self._ended = True
+                raise UserError(f"the upload was broken off: {error}") from None
+            if kind is not wire.Kind.DATA:
+                self._ended = True
+                return
+            yield payload
+
+    async def discard(self) -> None:
+        """Read to the end, or until the caller goes away."""
+        try:
+            async for _ in self.content():
+                pass
+        except UserError:
+            pass  # gone: there is nobody to answer
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table of methods.
+
+    ``kind`` is "read" or "change"; ``object_kind`` says what ``args.name`` names; ``streams`` says whether the caller
+    sends content along ("upload"), or the call lasts as long as its connection ("console").
+    """
+
+    args: type[msgspec.Struct]
+    handler: Callable[[Any, Call], Awaitable[Any]]
+    kind: Literal["read", "change"]
+    object_kind: str
+    streams: Literal["", "upload", "console"] = ""
+
+
+@dataclass
+class _Case:
+    """What is known of a call while it is decided."""
+
+    type: str
+    actor: Actor
+    object: Object
+    request: str
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Dispatcher:
+    """The handler of core's socket."""
+
+    def __init__(
+        self,
+        methods: Mapping[str, Method],
+        permissions: Permissions,
+        configuration: AppliedConfiguration,
+        audit: Audit,
+        identify: Callable[[str, str], Awaitable[str]],
+        peers: frozenset[int],
+    ) -> None:
+        """Arguments: ``identify`` finds the id of (object kind, name), or ""; ``peers`` are uids that may call."""
+        self._methods = methods
+        self._permissions = permissions
+        self._configuration = configuration
+        self._audit = audit
+        self._identify = identify
+        self._peers = peers
+        self._running: dict[asyncio.Task[Any], str] = {}
+
+    async def handle(self, request: wire.Request, channel: wire.Channel) -> Any:
+        """One call. It is finished, and recorded, even when its caller goes away. Raises: UserError."""
+        task = asyncio.get_running_loop().create_task(self._handle(request, channel))
+        method = self._methods.get(request.method)
+        self._running[task] = method.streams if method else ""
+        task.add_done_callback(self._running.pop)
+        return await asyncio.shield(task)
+
+    async def close(self, grace: float) -> None:
+        """End consoles, give everything else ``grace`` seconds, then end it; each with its record."""
+        for task, streams in list(self._running.items()):
+            if streams == "console":
+                task.cancel()
+        tasks = set(self._running)
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=grace)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+
+    async def _handle(self, request: wire.Request, channel: wire.Channel) -> Any:
+        peer = channel.peer
+        if peer.uid not in self._peers:
+            case = _Case(_FOREIGN_PEER, Actor(id=f"uid {peer.uid}"), Object(), "")
+            raise await self._refuse(case, Forbidden(f"uid {peer.uid} may not call core"))
+        envelope = decode(request.params, Envelope)
+        call = Call(channel, Upload(channel))
+        method = self._methods.get(request.method)
+        try:
+            case, args = await self._decide(request.method, method, envelope)
+            assert method is not None
+            if method.kind == "read":
+                return await self._read(method, case, args, call)
+            return await self._change(method, case, args, call)
+        except UserError as error:
+            if method is not None and method.streams == "upload":
+                await _answer_early(call, error)
+            raise
+
+    async def _decide(self, name: str, method: Method | None, envelope: Envelope) -> tuple[_Case, Any]:
+        """Whether the call may be made. Raises: UserError, once the refusal is on record."""
+        caller = envelope.caller
+        actor = Actor(id=caller.fingerprint, origin=caller.origin)
+        case = _Case(name if method else _UNKNOWN_METHOD, actor, _raw_object(method, envelope), caller.request_id)
+        try:
+            case.actor = self._actor(caller)
+            if method is None:
+                raise NotFound(f"there is no method {name[:64]!r}")
+            self._permissions.check(case.actor.role, name)
+            args = decode(envelope.args, method.args)
+        except UserError as error:
+            raise await self._refuse(case, error) from None
+        if method.object_kind and case.object.name:
+            id = await self._identify(method.object_kind, case.object.name)
+            case.object = msgspec.structs.replace(case.object, id=id)
+        if method.kind == "change":
+            case.extra = {"args": msgspec.to_builtins(args)}
+        return case, args
+
+    def _actor(self, caller: Caller) -> Actor:
+        person = self._configuration.administrator(caller.fingerprint)
+        return Actor(id=person.name, role=person.role, origin=caller.origin)
+
+    async def _read(self, method: Method, case: _Case, args: Any, call: Call) -> Any:
+        try:
+            result = await method.handler(args, call)
+        except UserError as error:
+            raise await self._refuse(case, error) from None
+        await self._record(case)
+        return result
+
+    async def _change(self, method: Method, case: _Case, args: Any, call: Call) -> Any:
+        await self._audit.append(
+            Entry(
+                type=case.type,
+                phase="intent",
+                outcome="pending",
+                actor=case.actor,
+                object=case.object,
+                request=case.request,
+                extra=case.extra,
+            )
+        )
+        failure: BaseException | None = None
+        reason, result = "", None
+        try:
+            result = await method.handler(args, call)
+        except asyncio.CancelledError as error:
+            reason, failure = "cancelled: the service stopped", error
+        except UserError as error:
+            reason, failure = error.message, error
+        except Exception as error:
+            reason, failure = f"an internal error: {type(error).__name__}", error
+        if call.object_id:
+            case.object = msgspec.structs.replace(case.object, id=call.object_id)
+        case.extra = {}
+        try:
+            await self._record(case, reason)
+        except Unavailable as error:
+            done = "failed" if failure else "was done"
+            raise Unavailable(f"{case.type} {done} but could not be recorded: {error.message}") from failure
+        if failure is not None:
+            raise failure
+        return result
+
+    async def _refuse(self, case: _Case, error: UserError) -> UserError:
+        """The error to raise, once it is on record. Raises: Unavailable when it could not be recorded."""
+        await self._record(case, error.message)
+        return error
+
+    async def _record(self, case: _Case, reason: str = "") -> None:
+        await self._audit.append(
+            Entry(
+                type=case.type,
+                phase="outcome",
+                outcome="failure" if reason else "success",
+                reason=reason[:_MOST_REASON],
+                actor=case.actor,
+                object=case.object,
+                request=case.request,
+                extra=case.extra,
+            )
+        )
+
+
+async def _answer_early(call: Call, error: UserError) -> None:
+    """Tell a caller that may still be sending, and read on until it stops.
+
+    Closing a connection with unread data could cost it the answer. The socket's server answers again, unheard.
+    """
+    try:
+        await call.channel.send(wire.Kind.PROBLEM, msgspec.json.encode(wire.problem_of(error)))
+    except ConnectionError:
+        return
+    await call.upload.discard()
+
+
+def _raw_object(method: Method | None, envelope: Envelope) -> Object:
+    """What a call is about, before its arguments were checked."""
+    name = envelope.args.get("name", "")
+    kind = method.object_kind if method else ""
+    return Object(kind=kind, name=name[:63] if isinstance(name, str) and kind else "")

@@ -1,0 +1,168 @@
+"""The table of methods: what core does for its callers. permissions.json says for whom."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+
+from vmm import wire
+from vmm.audit.client import AuditClient
+from vmm.core import arguments, version
+from vmm.core.configuration import AppliedConfiguration
+from vmm.core.dispatch import Call, Method
+from vmm.core.health import Health
+from vmm.core.recovery import Recovery
+from vmm.errors import NotFound
+from vmm.hypervisor.types import Console
+from vmm.machines.service import Machines
+from vmm.machines.types import MachineSpec
+from vmm.volumes.service import Volumes
+
+
+class Handlers:
+    """One method a row of the table; each takes its decoded arguments and the call."""
+
+    def __init__(
+        self,
+        configuration: AppliedConfiguration,
+        volumes: Volumes,
+        machines: Machines,
+        audit: AuditClient,
+        health: Callable[[], Awaitable[Health]],
+        recovery: Recovery,
+    ) -> None:
+        self._configuration = configuration
+        self._volumes = volumes
+        self._machines = machines
+        self._audit = audit
+        self._health = health
+        self._recovery = recovery
+
+    def table(self) -> dict[str, Method]:
+        """Name → method. A name that permissions.json does not have can be called by nobody."""
+        a = arguments
+        return {
+            "version.read": Method(a.Nothing, self._version, "read", ""),
+            "health.read": Method(a.Nothing, self._read_health, "read", ""),
+            "config.read": Method(a.Nothing, self._config, "read", ""),
+            "volume.list": Method(a.Nothing, self._list_volumes, "read", ""),
+            "volume.show": Method(a.Named, self._show_volume, "read", "volume"),
+            "volume.create": Method(a.CreateVolume, self._create_volume, "change", "volume"),
+            "volume.upload": Method(a.UploadVolume, self._upload_volume, "change", "volume", "upload"),
+            "volume.delete": Method(a.Named, self._delete_volume, "change", "volume"),
+            "machine.list": Method(a.Nothing, self._list_machines, "read", ""),
+            "machine.show": Method(a.Named, self._show_machine, "read", "machine"),
+            "machine.create": Method(MachineSpec, self._create_machine, "change", "machine"),
+            "machine.delete": Method(a.Named, self._delete_machine, "change", "machine"),
+            "machine.start": Method(a.Named, self._start_machine, "change", "machine"),
+            "machine.stop": Method(a.Stop, self._stop_machine, "change", "machine"),
+            "machine.force-off": Method(a.Named, self._force_off_machine, "change", "machine"),
+            "machine.console": Method(a.Named, self._console, "change", "machine", "console"),
+            "audit.read": Method(a.ReadAudit, self._read_audit, "read", ""),
+            "recovery.fetch": Method(a.Nothing, self._fetch_recovery, "change", ""),
+        }
+
+    async def identify(self, kind: str, name: str) -> str:
+        """The id of a volume or machine, or "" when there is none of that name."""
+        show = self._volumes.uuid if kind == "volume" else self._machines.uuid
+        try:
+            return await show(name)
+        except NotFound:
+            return ""
+
+    async def _version(self, _args: arguments.Nothing, _call: Call) -> Any:
+        return await asyncio.to_thread(version.read)
+
+    async def _read_health(self, _args: arguments.Nothing, _call: Call) -> Any:
+        return await self._health()
+
+    async def _config(self, _args: arguments.Nothing, _call: Call) -> Any:
+        return self._configuration.document()
+
+    async def _list_volumes(self, _args: arguments.Nothing, _call: Call) -> Any:
+        return await self._volumes.list_all()
+
+    async def _show_volume(self, args: arguments.Named, _call: Call) -> Any:
+        return await self._volumes.show(args.name)
+
+    async def _create_volume(self, args: arguments.CreateVolume, call: Call) -> Any:
+        volume = await self._volumes.create(args.name, args.size)
+        call.object_id = volume.uuid
+        return volume
+
+    async def _upload_volume(self, args: arguments.UploadVolume, call: Call) -> Any:
+        volume = await self._volumes.upload(args.name, args.format, args.length, args.size, call.upload.content())
+        call.object_id = volume.uuid
+        return volume
+
+    async def _delete_volume(self, args: arguments.Named, _call: Call) -> Any:
+        await self._volumes.delete(args.name)
+        return {}
+
+    async def _list_machines(self, _args: arguments.Nothing, _call: Call) -> Any:
+        return await self._machines.list_all()
+
+    async def _show_machine(self, args: arguments.Named, _call: Call) -> Any:
+        return await self._machines.show(args.name)
+
+    async def _create_machine(self, spec: MachineSpec, call: Call) -> Any:
+        machine = await self._machines.create(spec)
+        call.object_id = machine.uuid
+        return machine
+
+    async def _delete_machine(self, args: arguments.Named, _call: Call) -> Any:
+        await self._machines.delete(args.name)
+        return {}
+
+    async def _start_machine(self, args: arguments.Named, _call: Call) -> Any:
+        return await self._machines.start(args.name)
+
+    async def _stop_machine(self, args: arguments.Stop, _call: Call) -> Any:
+        return await self._machines.stop(args.name, args.timeout)
+
+    async def _force_off_machine(self, args: arguments.Named, _call: Call) -> Any:
+        return await self._machines.force_off(args.name)
+
+    async def _console(self, args: arguments.Named, call: Call) -> Any:
+        """The first data frame says which machine it is, as JSON; then come the console's bytes, both ways."""
+        machine, console = await self._machines.open_console(args.name)
+        try:
+            greeting = {"machine": machine.name, "uuid": machine.uuid}
+            await call.channel.send_data(msgspec.json.encode(greeting))
+            directions = [
+                asyncio.create_task(_from_console(console, call.channel)),
+                asyncio.create_task(_to_console(console, call.channel)),
+            ]
+            try:
+                await asyncio.wait(directions, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for direction in directions:
+                    direction.cancel()
+                await asyncio.gather(*directions, return_exceptions=True)
+        except ConnectionError:
+            pass  # whoever watched has gone: the end of every console
+        finally:
+            await console.close()
+        return {}
+
+    async def _read_audit(self, args: arguments.ReadAudit, _call: Call) -> Any:
+        return await self._audit.read(args.after, args.limit)
+
+    async def _fetch_recovery(self, _args: arguments.Nothing, _call: Call) -> Any:
+        return {"keys": await asyncio.to_thread(self._recovery.fetch)}
+
+
+async def _from_console(console: Console, channel: wire.Channel) -> None:
+    while data := await console.read():
+        await channel.send_data(data)
+
+
+async def _to_console(console: Console, channel: wire.Channel) -> None:
+    try:
+        async for data in channel.data():
+            await console.write(data)
+    except (wire.ProtocolError, ConnectionError):
+        pass  # either end has gone

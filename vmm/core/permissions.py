@@ -1,0 +1,29 @@
+"""The permission matrix: which role may call which method. What it does not name, nobody may."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from vmm.config.types import Role
+from vmm.errors import Forbidden
+
+MATRIX = Path(__file__).with_name("permissions.json")
+
+
+class Permissions:
+    """The matrix as read from its file."""
+
+    def __init__(self, path: Path = MATRIX) -> None:
+        self._roles = msgspec.json.decode(path.read_bytes(), type=dict[str, frozenset[Role]])
+
+    @property
+    def methods(self) -> frozenset[str]:
+        """Every method that the matrix names."""
+        return frozenset(self._roles)
+
+    def check(self, role: str, method: str) -> None:
+        """Raises: Forbidden unless the matrix lets the role call the method."""
+        if role not in self._roles.get(method, ()):
+            raise Forbidden(f"the role {role!r} may not call {method}")

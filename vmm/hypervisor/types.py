@@ -1,0 +1,79 @@
+"""What the rest of the host sees of the hypervisor; tests put a pretended one in its place."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+from uuid import UUID
+
+
+class State(enum.Enum):
+    """What a machine is doing; STOPPED is also every machine that the hypervisor does not know."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    STOPPING = "stopping"
+    CRASHED = "crashed"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A domain as the hypervisor has it; ``spec_sha256`` and ``uid`` are None unless we made it."""
+
+    uuid: UUID
+    name: str
+    state: State
+    spec_sha256: str | None
+    uid: int | None
+
+
+Listener = Callable[[UUID | None, State], None]
+"""Called in the event loop with a domain that changed; with None when events may have been missed."""
+
+
+class Console(Protocol):
+    """One attachment to a machine's serial console."""
+
+    async def read(self) -> bytes:
+        """Wait for output; empty once the machine stopped or the console was closed."""
+
+    async def write(self, data: bytes) -> None:
+        """Type into the console; returns once the guest's serial port took everything.
+
+        Raises: ConnectionError when the console ended.
+        """
+
+    async def close(self) -> None:
+        """Let go of the console; may be called again."""
+
+
+class Hypervisor(Protocol):
+    """Every method raises Unavailable when libvirt does not answer in time, Conflict when it refuses."""
+
+    @property
+    def connected(self) -> bool:
+        """Whether libvirt answered last."""
+
+    def subscribe(self, listener: Listener) -> None:
+        """Have ``listener`` called at every change of a domain's state."""
+
+    async def start(self, xml: str) -> None:
+        """Start a transient domain and return once it runs."""
+
+    async def shutdown(self, uuid: UUID) -> None:
+        """Press the guest's power button; its end arrives as an event. Raises: NotFound."""
+
+    async def destroy(self, uuid: UUID) -> None:
+        """End a domain at once and return when its QEMU is gone. Raises: NotFound."""
+
+    async def state(self, uuid: UUID) -> State:
+        """What a domain does now."""
+
+    async def list(self) -> dict[UUID, Domain]:
+        """Every domain that runs, ours or not."""
+
+    async def open_console(self, uuid: UUID) -> Console:
+        """Attach to the serial console; someone already attached is a Conflict. Raises: NotFound."""

@@ -1,0 +1,24 @@
+"""Where everything lies on the host; tests move it all under another root by HOLDFAST_ROOT."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+ROOT = Path(os.environ.get("HOLDFAST_ROOT", "/"))
+
+RUN = ROOT / "run/holdfast"
+AUDIT_SOCKET = RUN / "audit/audit.sock"
+CORE_SOCKET = RUN / "core/core.sock"
+IMPORT_SOCKET = RUN / "import.sock"
+APPLIED_CONFIG = RUN / "config.json"
+CONFIG_ERROR = RUN / "config-error.json"
+
+STATE = ROOT / "var/lib/holdfast"
+STORED_CONFIG = STATE / "config/current.json"
+CORE_STATE = STATE / "core"
+API_STATE = STATE / "api"
+RECOVERY_KEYS = STATE / "recovery"
+AUDIT_STORE = ROOT / "var/lib/holdfast-audit"
+
+OS_RELEASE = ROOT / "etc/os-release"

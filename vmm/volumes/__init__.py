@@ -1,0 +1,1 @@
+"""Volumes: raw disk files of machines, and the confined import of images that others made."""
