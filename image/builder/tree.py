@@ -15,23 +15,35 @@ def make_tree(layout: Layout) -> None:
     Raises: CommandFailed with mkosi's last lines; its whole output is in build/mkosi.log.
     """
     say("installing packages and files (mkosi)")
+    cache = layout.build / "mkosi.cache"
+    cache.mkdir(parents=True, exist_ok=True)
+    run_mkosi(
+        layout, layout.repository, layout.mkosi_output, f"--cache-directory={cache}", f"--image-version={layout.version}"
+    )
+
+
+def run_mkosi(layout: Layout, definition: Path, output: Path, *options: str) -> None:
+    """Build the mkosi.conf in the folder ``definition`` with this build's apt sources and downloaded packages.
+
+    Raises: CommandFailed with mkosi's last lines; its whole output is beside the folder ``output``, in a file .log.
+    """
     sandbox = layout.build / "mkosi.sandbox"
     _write_apt_sources(sandbox)
-    folders = {name: layout.build / f"mkosi.{name}" for name in ("cache", "packages", "work")}
-    for folder in (*folders.values(), layout.mkosi_output):
+    packages, work = layout.build / "mkosi.packages", layout.build / "mkosi.work"
+    for folder in (packages, work, output):
         folder.mkdir(parents=True, exist_ok=True)
-    with (layout.build / "mkosi.log").open("w") as log:
+    file = output.with_suffix(".log")
+    with file.open("w") as log:
         result = run(
             [
                 "mkosi",
-                f"--directory={layout.repository}",
+                f"--directory={definition}",
                 f"--sandbox-tree={sandbox}",
-                f"--cache-directory={folders['cache']}",
-                f"--package-cache-directory={folders['packages']}",
-                f"--workspace-directory={folders['work']}",
-                f"--output-directory={layout.mkosi_output}",
-                f"--image-version={layout.version}",
+                f"--package-cache-directory={packages}",
+                f"--workspace-directory={work}",
+                f"--output-directory={output}",
                 f"--source-date-epoch={SOURCE_DATE_EPOCH}",
+                *options,
                 "--force",
                 "build",
             ],
@@ -39,7 +51,7 @@ def make_tree(layout: Layout) -> None:
             output=log,
         )
     if result.returncode != 0:
-        raise CommandFailed(["mkosi"], result.returncode, (layout.build / "mkosi.log").read_text())
+        raise CommandFailed(["mkosi"], result.returncode, file.read_text())
 
 
 def _write_apt_sources(sandbox: Path) -> None:

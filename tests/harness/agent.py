@@ -36,7 +36,7 @@ OOMScoreAdjust=-1000
 def agent_credentials() -> list[str]:
     """SMBIOS strings that define the agent; the test extension's command line imports and starts it."""
     return [
-        credential("systemd.extra-unit.holdfast-test-agent.service", _UNIT.encode()),
+        credential("systemd.extra-unit.test-agent.service", _UNIT.encode()),
         credential("holdfast-test-agent.py", SOURCE.read_bytes()),
     ]
 

@@ -96,6 +96,7 @@ class Api:
         url = f"wss://{self._address}:{self._port}/v1/machines/{machine}/console"
         opened, stream = connect(url, self.tls, _CONNECT_SECONDS * self._scale)
         if opened.get("machine") != machine:
+            stream.close()
             raise ApiError(f"the console of {machine}: {opened}")
         return Console(stream, name=f"console of {machine}", scale=self._scale)
 

@@ -19,8 +19,10 @@ class Guarded:
     def __init__(self, command: Sequence[Argument], log: Path, *, env: Mapping[str, str] | None = None) -> None:
         self.name = Path(command[0]).name
         self._log = log
+        # A session of its own: Ctrl-C is for us, who may want to shut a host down in order.
+        guard = ["setsid", "setpriv", "--pdeathsig", "KILL"]
         with log.open("ab") as output:
-            self._process = spawn(["setpriv", "--pdeathsig", "KILL", *command], output=output.fileno(), env=env)
+            self._process = spawn([*guard, *command], output=output.fileno(), env=env)
 
     @property
     def running(self) -> bool:
@@ -29,7 +31,7 @@ class Guarded:
 
     @property
     def pid(self) -> int:
-        """Its process id (setpriv replaces itself by the program)."""
+        """Its process id (setsid and setpriv replace themselves by the program)."""
         return self._process.pid
 
     def wait_ready(self, ready: Callable[[], bool], seconds: float = 30) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import codecs
 import re
 import socket
 import threading
 from pathlib import Path
+from queue import Empty, SimpleQueue
 
-from tests.harness.waiting import Deadline, Expired
+import pexpect
 
+from tests.harness.waiting import Deadline
+
+_CHUNK = 1 << 16
 _KEEP_IN_MESSAGES = 600
 
 
@@ -17,60 +20,66 @@ class Closed(Exception):
     """The stream ended before the expected text came."""
 
 
-class Console:
-    """Reads a connected socket all the time, so that its writer never waits for a test.
+class Console(pexpect.spawnbase.SpawnBase):  # type: ignore[misc]
+    """A pexpect conversation over a connected socket.
 
+    A thread reads the socket all the time, so that its writer never waits for a test.
     ``scale`` multiplies every deadline (see accel.Acceleration).
     """
 
     def __init__(self, connection: socket.socket, *, name: str, scale: float = 1.0) -> None:
-        self._connection = connection
-        self._name = name
+        super().__init__(maxread=_CHUNK, encoding="utf-8", codec_errors="replace")
+        self.name = name
         self._scale = scale
-        self._buffer = ""
-        self._ended = False
-        self._changed = threading.Condition()
+        self._connection = connection
+        self._chunks: SimpleQueue[bytes] = SimpleQueue()
         self._reader = threading.Thread(target=self._read, name=f"read {name}", daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
         while True:
             try:
-                chunk = self._connection.recv(65536)
+                chunk = self._connection.recv(_CHUNK)
             except OSError:
                 chunk = b""
-            with self._changed:
-                self._buffer += decoder.decode(chunk, final=not chunk)
-                self._ended = not chunk
-                self._changed.notify_all()
+            self._chunks.put(chunk)
             if not chunk:
                 return
+
+    def read_nonblocking(self, size: int = 1, timeout: float | None = None) -> str:
+        """What came, ``size`` bytes or a little more, waiting for the first of it; pexpect calls this.
+
+        Raises: pexpect.TIMEOUT; pexpect.EOF.
+        """
+        try:
+            data = chunk = self._chunks.get(timeout=timeout)
+        except Empty:
+            raise pexpect.TIMEOUT("nothing came") from None
+        # A serial port delivers byte by byte, and pexpect searches everything anew after each call.
+        while chunk and len(data) < size and not self._chunks.empty():
+            chunk = self._chunks.get()
+            data += chunk
+        if not chunk:
+            self._chunks.put(b"")  # The end is there for the next call too.
+            if not data:
+                raise pexpect.EOF("the stream has ended")
+        return str(self._decoder.decode(data))
 
     def expect(self, pattern: str, seconds: float = 30) -> re.Match[str]:
         """Wait for text that matches and consume everything up to its end.
 
         Raises: Expired after ``seconds`` (scaled); Closed when the stream ended first.
         """
-        expression = re.compile(pattern)
-        deadline = Deadline(seconds * self._scale, f"{self._name}: {pattern!r}")
-        with self._changed:
-            while True:
-                if match := expression.search(self._buffer):
-                    self._buffer = self._buffer[match.end() :]
-                    return match
-                seen = f"the last text was {self._buffer[-_KEEP_IN_MESSAGES:]!r}"
-                if self._ended:
-                    raise Closed(f"{self._name} ended before {pattern!r}; {seen}")
-                try:
-                    self._changed.wait(deadline.left())
-                except Expired:
-                    raise deadline.expired(seen) from None
-
-    def pending(self) -> str:
-        """Everything that came and was not consumed yet; it stays."""
-        with self._changed:
-            return self._buffer
+        deadline = Deadline(seconds * self._scale, f"{self.name}: {pattern!r}")
+        # Compiled here, as pexpect would let a dot match line ends.
+        found = self.expect_list([re.compile(pattern), pexpect.EOF, pexpect.TIMEOUT], timeout=deadline.seconds)
+        if found == 0:
+            match: re.Match[str] = self.match
+            return match
+        seen = f"the last text was {self.before[-_KEEP_IN_MESSAGES:]!r}"
+        if found == 1:
+            raise Closed(f"{self.name} ended before {pattern!r}; {seen}")
+        raise deadline.expired(seen)
 
     def send(self, text: str) -> None:
         """Send text as it stands. Raises: OSError when the other end is gone."""
@@ -82,9 +91,10 @@ class Console:
         Raises: Expired, Closed; AssertionError when the prompt's exit code is not 0.
         """
         self.send(command + "\n")
-        match = self.expect(rf"(?s)(.*?){prompt}", seconds)
-        assert match[2] == "0", f"{self._name}: {command!r} ended with {match[2]}: {match[1]}"
-        return match[1]
+        code = self.expect(prompt, seconds)[1]
+        output = str(self.before)
+        assert code == "0", f"{self.name}: {command!r} ended with {code}: {output}"
+        return output
 
     def close(self) -> None:
         """End the conversation."""

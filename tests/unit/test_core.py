@@ -177,7 +177,7 @@ def test_the_records_of_a_machines_life(tmp_path: Path) -> None:
     async def life() -> None:
         async with running(tmp_path) as core:
             await core.call("volume.create", name="v", size=MIB)
-            spec = {"name": "web", "cpus": 1, "memory": 64 * MIB, "disks": [{"volume": "v"}]}
+            spec: dict[str, Any] = {"name": "web", "cpus": 1, "memory": 64 * MIB, "disks": [{"volume": "v"}]}
             made = await core.call("machine.create", **spec)
             await core.call("machine.start", "operator", name="web")
             assert (await core.call("machine.show", "auditor", name="web"))["state"] == "running"

@@ -95,7 +95,7 @@ def test_the_real_loop_serves_and_survives_a_broken_line() -> None:
 def test_credentials_define_the_unit_and_carry_the_agent() -> None:
     strings = dict(text.split("=", 1) for text in agent_credentials())
     prefix = "io.systemd.credential.binary:"
-    unit = base64.b64decode(strings[prefix + "systemd.extra-unit.holdfast-test-agent.service"]).decode()
+    unit = base64.b64decode(strings[prefix + "systemd.extra-unit.test-agent.service"]).decode()
     assert "LoadCredential=agent.py:holdfast-test-agent.py" in unit
     assert "%d/agent.py" in unit
     agent_source = base64.b64decode(strings[prefix + "holdfast-test-agent.py"])

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def converter(tmp_path: Path) -> Iterator[Path]:
                 return
             with connection:
                 command = [sys.executable, "-m", "vmm.volumes.convert"]
-                subprocess.run(command, stdin=connection, cwd=REPOSITORY, check=False)
+                subprocess.run(command, stdin=connection.fileno(), cwd=REPOSITORY, check=False)
 
     thread = threading.Thread(target=serve)
     thread.start()
@@ -288,6 +289,10 @@ def test_a_converter_that_dies_is_reported(tmp_path: Path, database: Database) -
     asyncio.run(convert())
 
 
+def _execute(connection: sqlite3.Connection, statement: str) -> None:
+    connection.execute(statement)
+
+
 def test_the_database_keeps_its_rules(database: Database) -> None:
     async def check() -> None:
         for statement in (
@@ -296,7 +301,7 @@ def test_the_database_keeps_its_rules(database: Database) -> None:
             "INSERT INTO disks VALUES ('no machine', 0, 'no volume')",
         ):
             with pytest.raises(sqlite3.IntegrityError):
-                await database.run(lambda connection, statement=statement: connection.execute(statement))
+                await database.run(partial(_execute, statement=statement))
         pragmas = await database.run(
             lambda c: [c.execute(f"PRAGMA {p}").fetchone()[0] for p in ("journal_mode", "synchronous", "foreign_keys")]
         )

@@ -5,24 +5,15 @@ from __future__ import annotations
 import os
 import socket
 
-from typing import Any
-
-import msgspec
-
 from vmm import errors
-from vmm.audit.client import AuditClient, Entry
+from vmm.audit.client import AuditClient
 from vmm.config import apply
-
-
-def record(**fields: Any) -> int:
-    """Hand a record to the audit daemon and wait until it is stored. Raises: Unavailable."""
-    return AuditClient().append_sync(msgspec.convert(fields, Entry))
 
 
 def main() -> None:
     """Apply the configuration. A wrong one is no failure of the unit: the host must come up to say so."""
     moved = "HOLDFAST_ROOT" in os.environ
-    failure = apply.run(record, (lambda name: None) if moved else socket.sethostname)
+    failure = apply.run(AuditClient().append_sync, (lambda name: None) if moved else socket.sethostname)
     if failure is not None:
         print(f"configuration: {failure.message} (from {failure.source or 'nowhere'})")
 

@@ -8,44 +8,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
 
 import msgspec
 
 from vmm import paths
+from vmm.audit.client import Entry, Object
 from vmm.config import atomic, render, sources
 from vmm.config.interfaces import describe, present, resolve
 from vmm.config.load import MAX_DOCUMENT, ConfigurationError, decode, encode
-from vmm.config.types import Configuration
+from vmm.config.types import Configuration, Failure
 from vmm.errors import UserError
 
 STORED = "the stored configuration"
 _NETWORK_FILES = ("10-management.network", "20-op-*.netdev", "21-op-*.network", "22-op-*-port.network")
 
-
-class Record(Protocol):
-    """Writes one audit record durably. Raises: UserError when it cannot."""
-
-    def __call__(
-        self,
-        *,
-        type: str,
-        phase: str,
-        actor: dict[str, str],
-        object: dict[str, str],
-        outcome: str,
-        reason: str,
-        request: str,
-        extra: dict[str, Any],
-    ) -> Any: ...
-
-
-class Failure(msgspec.Struct, frozen=True):
-    """Why the configuration is not, or not wholly, in force (/run/holdfast/config-error.json)."""
-
-    message: str
-    source: str
-    hint: str = ""
+# Writes one audit record durably. Raises: UserError when it cannot.
+Record = Callable[[Entry], object]
 
 
 def run(record: Record, set_hostname: Callable[[str], None]) -> Failure | None:
@@ -62,7 +40,9 @@ def run(record: Record, set_hostname: Callable[[str], None]) -> Failure | None:
             found = sources.find()
             if found is None:
                 source = ""
-                raise UserError("no configuration was found", hint="make a seed with `holdfast seed` and restart the host")
+                raise UserError(
+                    "no configuration was found", hint="make a seed with `holdfast seed` and restart the host"
+                )
             source, document = found.name, found.document
         else:
             with paths.STORED_CONFIG.open("rb") as file:
@@ -134,14 +114,13 @@ def _record(record: Record, source: str, *, document: bytes | None = None, reaso
     """
     try:
         record(
-            type="config.refused" if reason else "config.applied",
-            phase="event",
-            actor={"id": "-", "role": "", "origin": "local"},
-            object={"kind": "configuration", "id": "", "name": source},
-            outcome="failure" if reason else "success",
-            reason=reason,
-            request="",
-            extra={"sha256": hashlib.sha256(document).hexdigest()} if document is not None else {},
+            Entry(
+                type="config.refused" if reason else "config.applied",
+                object=Object(kind="configuration", name=source),
+                outcome="failure" if reason else "success",
+                reason=reason,
+                extra={"sha256": hashlib.sha256(document).hexdigest()} if document is not None else {},
+            )
         )
     except UserError as error:
         return UserError(f"the audit trail does not take records: {error.message}", hint=error.hint)

@@ -23,7 +23,9 @@ def check_certificate(pem: str) -> x509.Certificate:
     """
     text = pem.strip()
     if "PRIVATE KEY-----" in text:
-        raise UserError("contains a private key", hint="give the certificate only, and make a new key: this one is spent")
+        raise UserError(
+            "contains a private key", hint="give the certificate only, and make a new key: this one is spent"
+        )
     if text.count(_BEGIN) != 1 or not text.startswith("-----BEGIN CERTIFICATE-----"):
         raise UserError("not exactly one certificate in PEM form")
     try:

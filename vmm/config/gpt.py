@@ -103,7 +103,9 @@ def append(path: Path, size: int, type_id: uuid.UUID, name: str) -> Partition:
         needed = last + 1 + _backup_sectors(table.slots)
         if needed > total:
             if not stat.S_ISREG(os.fstat(disk.fileno()).st_mode):
-                raise UserError(f"{path}: {(needed - total) * SECTOR} bytes of room are missing behind the last partition")
+                raise UserError(
+                    f"{path}: {(needed - total) * SECTOR} bytes of room are missing behind the last partition"
+                )
             total = -(-needed // step) * step
             disk.truncate(total * SECTOR)
         partition = Partition(number, type_id, uuid.uuid4(), first, last, 0, name)
@@ -179,9 +181,22 @@ def _read_copy(disk: BinaryIO, header_lba: int, total: int) -> Table:
     if header_lba < 1:
         raise _Damaged("the disk is too small")
     sector = _read_at(disk, header_lba, SECTOR)
-    (signature, revision, length, crc, _, own, _, first_usable, last_usable, disk_id, entries, slots, entry_size, entry_crc) = (
-        _HEADER.unpack_from(sector)
-    )
+    (
+        signature,
+        revision,
+        length,
+        crc,
+        _,
+        own,
+        _,
+        first_usable,
+        last_usable,
+        disk_id,
+        entries,
+        slots,
+        entry_size,
+        entry_crc,
+    ) = _HEADER.unpack_from(sector)
     if signature != _SIGNATURE or revision != _REVISION:
         raise _Damaged("no header was found")
     if not _HEADER.size <= length <= SECTOR:

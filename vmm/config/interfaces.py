@@ -1,11 +1,29 @@
-"""The network interfaces this host really has, as /sys shows them."""
+"""How interfaces are named, and which ones this host really has, as /sys shows them."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from vmm import paths
-from vmm.config.load import interface_key, is_interface_name, is_mac
+
+_INTERFACE = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,14}")
+_MAC = re.compile(r"[0-9a-f]{2}(?::[0-9a-f]{2}){5}")
+
+
+def interface_key(text: str) -> str:
+    """One spelling for an interface: MAC addresses in lower case, kernel names as they are."""
+    return text.lower() if is_mac(text) else text
+
+
+def is_mac(text: str) -> bool:
+    """Whether an interface is given by its MAC address."""
+    return _MAC.fullmatch(text.lower()) is not None
+
+
+def is_interface_name(text: str) -> bool:
+    """Whether the text is safe as a kernel interface name, in files as well as in paths."""
+    return _INTERFACE.fullmatch(text) is not None
 
 
 def present() -> dict[str, str]:

@@ -11,6 +11,7 @@ import msgspec
 
 from vmm import paths
 from vmm.config.certificates import check_certificate
+from vmm.config.interfaces import interface_key, is_interface_name, is_mac
 from vmm.config.types import Configuration, Management
 from vmm.errors import UserError
 
@@ -20,6 +21,7 @@ MAX_BANNER = 4096
 MAX_OPERATIONAL = 32
 MAX_ADMINISTRATORS = 256
 MAX_SERVERS = 8
+MAX_MESSAGE = 500
 # The kernel's limit (HOST_NAME_MAX), shorter than RFC 1123's 253.
 MAX_HOSTNAME = 64
 
@@ -27,8 +29,6 @@ _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _DOMAIN = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,62}")
 _OPERATIONAL_NAME = re.compile(r"[a-z][a-z0-9]{0,7}")
-_INTERFACE = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,14}")
-_MAC = re.compile(r"[0-9a-f]{2}(?::[0-9a-f]{2}){5}")
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Interface = ipaddress.IPv4Interface | ipaddress.IPv6Interface
@@ -40,7 +40,9 @@ class ConfigurationError(UserError):
     code = "configuration-invalid"
 
     def __init__(self, field: str, message: str, *, hint: str = "") -> None:
-        super().__init__(f"{field}: {message}" if field else message, hint=hint)
+        # A wrong value may be as long as the document; the message goes to a console and an audit record.
+        text = f"{field}: {message}" if field else message
+        super().__init__(text if len(text) <= MAX_MESSAGE else text[:MAX_MESSAGE] + "…", hint=hint)
         self.field = field
 
 
@@ -91,7 +93,9 @@ def check(config: Configuration) -> None:
             "version", f"{config.version} is not known here", hint=f"this release reads version {VERSION}"
         )
     if len(config.hostname) > MAX_HOSTNAME or not _DOMAIN.fullmatch(config.hostname):
-        raise ConfigurationError("hostname", f"not a host name of at most {MAX_HOSTNAME} characters: {config.hostname!r}")
+        raise ConfigurationError(
+            "hostname", f"not a host name of at most {MAX_HOSTNAME} characters: {config.hostname!r}"
+        )
     _check_banner(config.banner)
     _check_management(config.management)
     _check_operational(config)
@@ -115,21 +119,6 @@ def interface_address(text: str) -> Interface:
     if "%" in text or "/" not in text:
         raise ValueError(text)
     return ipaddress.ip_interface(text)
-
-
-def interface_key(text: str) -> str:
-    """One spelling for an interface: MAC addresses in lower case, kernel names as they are."""
-    return text.lower() if is_mac(text) else text
-
-
-def is_mac(text: str) -> bool:
-    """Whether an interface is given by its MAC address."""
-    return _MAC.fullmatch(text.lower()) is not None
-
-
-def is_interface_name(text: str) -> bool:
-    """Whether the text is safe as a kernel interface name, in files as well as in paths."""
-    return _INTERFACE.fullmatch(text) is not None
 
 
 def _type_error(message: str) -> ConfigurationError:
@@ -204,7 +193,9 @@ def _check_management(management: Management) -> None:
     network = own.network
     ends = (network.network_address, network.broadcast_address) if own.version == 4 else (network.network_address,)
     if network.num_addresses > 2 and own.ip in ends:
-        raise ConfigurationError("management.address", f"the address of a network, not of a host: {management.address!r}")
+        raise ConfigurationError(
+            "management.address", f"the address of a network, not of a host: {management.address!r}"
+        )
     if management.gateway is not None:
         _check_gateway(management.gateway, own)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from vmm.config.interfaces import resolve
-from vmm.config.load import interface_address, interface_key, is_mac
+from vmm.config.interfaces import interface_key, is_mac, resolve
+from vmm.config.load import interface_address
 from vmm.config.types import Configuration, Management
 
 NETWORK_DIRECTORY = "run/systemd/network"
@@ -13,6 +13,13 @@ MANAGEMENT_RULES = "run/holdfast/management.nft"
 TIME_SERVERS = "run/systemd/timesyncd.conf.d/holdfast.conf"
 # Stands for a management interface that is not there; the rules that admit its traffic match nothing.
 NO_INTERFACE = "hf-absent"
+
+# One transaction on the set that /etc/nftables.conf declares.
+_MANAGEMENT_RULES = """\
+define management = "%s"
+flush set inet holdfast management
+add element inet holdfast management { $management }
+"""
 
 Section = tuple[str, Sequence[tuple[str, str]]]
 # Nothing that listens or speaks by itself.
@@ -30,7 +37,7 @@ def files(config: Configuration, interfaces: Mapping[str, str]) -> dict[str, str
     found = resolve(config.management.interface, interfaces)
     result = {
         f"{NETWORK_DIRECTORY}/10-management.network": _management(config.management, interfaces),
-        MANAGEMENT_RULES: f'define management = "{_plain(found or NO_INTERFACE)}"\n',
+        MANAGEMENT_RULES: _MANAGEMENT_RULES % _plain(found or NO_INTERFACE),
     }
     for network in config.operational:
         directory = f"{NETWORK_DIRECTORY}/%s-{network.bridge}%s"

@@ -59,3 +59,11 @@ class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     operational: tuple[Operational, ...] = ()
     administrators: tuple[Administrator, ...]
     time_servers: tuple[str, ...] = ()
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """Why the configuration is not, or not wholly, in force (/run/holdfast/config-error.json)."""
+
+    message: str
+    source: str
+    hint: str = ""

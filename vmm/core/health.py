@@ -130,7 +130,7 @@ class Platform:
         return uuid.exists() and uuid.read_text(encoding="ascii").startswith("CRYPT-LUKS2")
 
     def _device_of(self, path: Path) -> str:
-        """The "major:minor" under a path. Our unit may bar the path itself from us; its mount is listed all the same."""
+        """The "major:minor" under a path. The unit may bar the path itself; its mount is still listed."""
         found, device = Path(), ""
         for line in self._text("proc/self/mountinfo").splitlines():
             fields = line.split()  # proc_pid_mountinfo(5): 2 is the device, 4 the mount point

@@ -11,6 +11,9 @@ from vmm.paths import ROOT
 
 PRODUCT = "holdfast"
 
+_ROOT_A = "2"
+"""The number of slot A's root partition (image/repart: ESP, root, hash tree, signature)."""
+
 
 class Version(msgspec.Struct, frozen=True):
     """``slot`` is "a" or "b", ``root_hash`` that of the booted file system; both empty when it is not an image."""
@@ -33,13 +36,12 @@ def read(root: Path = ROOT) -> Version:
 
 
 def _slot(root: Path, root_hash: str) -> str:
-    """The root partition's UUID is the first half of the hash; its name ends with the slot's letter."""
+    """The root partition's UUID is the first half of the hash; slot A's root is the image's second partition."""
     half = root_hash[:32]
     uuid = "-".join((half[:8], half[8:12], half[12:16], half[16:20], half[20:]))
     try:
         device = (root / "dev/disk/by-partuuid" / uuid).readlink().name
-        uevent = (root / "sys/class/block" / device / "uevent").read_text(encoding="utf-8")
+        number = (root / "sys/class/block" / device / "partition").read_text(encoding="utf-8").strip()
     except OSError:
         return ""
-    found = re.search(r"^PARTNAME=(?:.*[^A-Za-z0-9])?([abAB])$", uevent, re.MULTILINE)
-    return found[1].lower() if found else ""
+    return "a" if number == _ROOT_A else "b"

@@ -1,0 +1,1 @@
+"""Tests on the booted release image."""

@@ -1,0 +1,1 @@
+"""The `holdfast` command: a client of the API over HTTPS, and the maker of seeds."""

@@ -1,0 +1,1 @@
+"""The status screen on the host's own terminals: it shows, and takes no input."""
