@@ -72,6 +72,8 @@ def open_keys(folder: Path, *, release: bool) -> KeySet:
             die(f"there is no key set in {folder}", hint="a release is signed with keys made by docs/key-ceremony.md; KEYS=folder names them")
         make_development_keys(folder)
     keys = KeySet(folder)
+    if release and (folder / "development").exists():
+        die(f"{folder} is a development key set; a release must not be signed with it", hint="KEYS=folder names the release keys")
     names = (*CERTIFIED, *PLAIN, *ROLES)
     for file in [keys.folder / "owner.guid", *map(keys.key, names), *map(keys.certificate, CERTIFIED), *map(keys.public, names)]:
         if release and file.stem in ("test", *ROLES):
@@ -102,6 +104,7 @@ def make_development_keys(folder: Path) -> None:
     fresh.mkdir(parents=True, exist_ok=True, mode=0o700)
     keys = KeySet(fresh)
     (fresh / "owner.guid").write_text(f"{uuid.uuid4()}\n")
+    (fresh / "development").write_text("Made by the build on its own; signs nothing that leaves this machine.\n")
     for name, purpose in CERTIFIED.items():
         key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
         _write_key(keys, name, key)

@@ -19,7 +19,7 @@ from image.builder.tree import make_tree
 from signing import secureboot
 from signing.keys import KeySet, open_keys
 from signing.pcr import predict_pcr11
-from vmm.errors import UserError, die
+from vmm.errors import die
 from vmm.process import run
 
 _SEED = "3fca1f4f-2b9c-4a5b-8d5d-6c9f2d7c1e02"
@@ -57,7 +57,7 @@ def build_image(layout: Layout) -> None:
 
 
 def _inputs(layout: Layout, keys: KeySet) -> str:
-    sources = ["mkosi.conf", "image", "vmm", "signing"]
+    sources = ["mkosi.conf", "image", "vmm", "signing", "tests/harness/cmdline"]
     return digest(
         [*(layout.repository / name for name in sources), *sorted(keys.folder.glob("*.crt")), *sorted(keys.folder.glob("*.pub"))],
         layout.version,
@@ -88,7 +88,7 @@ def _partition(layout: Layout, keys: KeySet, *, fresh: bool) -> str:
         "--no-pager",
         "--json=short",
         "--size=auto",
-        f"--empty={'force' if fresh else 'allow'}",
+        f"--empty={'create' if fresh else 'allow'}",
         f"--private-key={keys.key('verity')}",
         f"--certificate={keys.certificate('verity')}",
         f"--copy-source={layout.root if fresh else layout.build / 'esp'}",
@@ -97,7 +97,6 @@ def _partition(layout: Layout, keys: KeySet, *, fresh: bool) -> str:
     ]
     if fresh:
         layout.disk.unlink(missing_ok=True)
-        command[command.index("--empty=force")] = "--empty=create"
     result = run(
         command,
         env={
@@ -225,5 +224,3 @@ def make_test_extension(layout: Layout, keys: KeySet) -> None:
     secureboot.write_variables(keys, folder / "keys", db=("db", "test"))
     shutil.copy2(folder / "keys/db.auth", folder / "db.auth")
 
-
-__all__ = ["UserError", "build_image", "command_line", "make_uki"]

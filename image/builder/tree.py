@@ -17,9 +17,8 @@ def make_tree(layout: Layout) -> None:
     say("installing packages and files (mkosi)")
     cache = layout.build / "mkosi.cache"
     cache.mkdir(parents=True, exist_ok=True)
-    run_mkosi(
-        layout, layout.repository, layout.mkosi_output, f"--cache-directory={cache}", f"--image-version={layout.version}"
-    )
+    options = (f"--cache-directory={cache}", f"--image-version={layout.version}")
+    run_mkosi(layout, layout.repository, layout.mkosi_output, *options)
 
 
 def run_mkosi(layout: Layout, definition: Path, output: Path, *options: str) -> None:

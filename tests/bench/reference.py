@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 from image.builder.host import say
@@ -10,6 +11,9 @@ from image.builder.initrd import contents
 from image.builder.layout import Layout, digest
 from image.builder.tree import run_mkosi
 from signing.keys import open_keys
+from tests.bench.timeline import MARKERS, Boot, Watch, processor_time, startup
+from tests.harness.host import Host
+from tests.harness.image import Files
 from vmm.process import run
 
 _DEFINITION = Path(__file__).with_name("stock")
@@ -52,3 +56,20 @@ def build_reference(layout: Layout) -> tuple[Path, Path]:
     )
     stamp.write_text(wanted)
     return disk, uki
+
+
+def start_reference(files: Files) -> tuple[Boot, int]:
+    """Start the stock image, and shut it down; the timeline and libvirtd's memory (PSS) in bytes.
+
+    Raises: Expired; Closed; ProcessEnded.
+    """
+    with Watch(files.directory / "serial.log", MARKERS) as watch, Host(files) as host:
+        start = time.monotonic()
+        # Written by stock/extra/usr/lib/bench/report.
+        host.serial.expect("BENCH ready", 120)
+        ready, processor = time.monotonic() - start, processor_time(host)
+        memory = int(host.serial.expect(r"BENCH memory libvirtd\.service (\d+)", 60)[1])
+        phases = startup(host.serial.expect(r"BENCH time ([^\r\n]+)", 30)[1])
+        host.press_power_button()
+        host.wait_off()
+        return Boot(watch.since(start), ready, processor, phases), memory * 1024

@@ -58,7 +58,7 @@ def test_what_a_guest_must_not_have() -> None:
     for name in ("svm", "vmx"):
         assert root.find(f"cpu/feature[@policy='disable'][@name='{name}']") is not None
     assert root.find("memoryBacking/nosharepages") is not None
-    assert root.findtext("seclabel[@type='static'][@model='dac']/label") == "+79999:+79999"
+    assert root.findtext("seclabel[@type='static'][@model='dac']/label") == "+79999:kvm"
     assert root.find("seclabel[@type='dynamic'][@model='apparmor']") is not None
     assert "qemu:" not in domain.render(FULL)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from tests.guest.disk import find_esp, make_efi_disk
 from tests.harness import accel
 from tests.harness.checkpoint import key
 from tests.harness.diskserver import DiskServer
+from tests.harness.guarded import Guarded
 from tests.harness.image import Files, Image, flatten, overlay
 from tests.harness.machine import GIB, Hardware, Sockets, qemu_command
 from tests.harness.seed import configuration, identities, seed_credential
+from tests.harness.waiting import poll
 from vmm.errors import UserError
 
 HARDWARE = Hardware()
@@ -175,3 +178,10 @@ def test_a_disk_server_serves_and_stops(tmp_path: Path) -> None:
     server.fail(False)
     server.stop()
     server.kill()
+
+
+def test_ctrl_c_on_our_terminal_does_not_reach_a_guarded_program(tmp_path: Path) -> None:
+    program = Guarded(["sleep", "60"], tmp_path / "log")
+    poll(lambda: os.getsid(program.pid) == program.pid, 10, "a session of its own")
+    program.stop()
+    assert not program.running

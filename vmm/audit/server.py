@@ -24,7 +24,6 @@ UNIT = "holdfast-audit"
 PRODUCERS = {
     "holdfast-api": "holdfast-api",
     "holdfast-core": "holdfast-core",
-    "holdfast-import": "holdfast-import",
     "root": "holdfast-configure",
 }
 """User → the unit it runs, as its records will name it."""

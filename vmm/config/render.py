@@ -10,6 +10,7 @@ from vmm.config.types import Configuration, Management
 
 NETWORK_DIRECTORY = "run/systemd/network"
 MANAGEMENT_RULES = "run/holdfast/management.nft"
+NAME_SERVERS = "run/holdfast/resolv.conf"
 TIME_SERVERS = "run/systemd/timesyncd.conf.d/holdfast.conf"
 # Stands for a management interface that is not there; the rules that admit its traffic match nothing.
 NO_INTERFACE = "hf-absent"
@@ -57,6 +58,8 @@ def files(config: Configuration, interfaces: Mapping[str, str]) -> dict[str, str
             ("Link", [("RequiredForOnline", "no")]),
             ("Network", [("Bridge", network.bridge), ("LinkLocalAddressing", "no"), *_QUIET]),
         )
+    # /etc/resolv.conf leads here; there is no resolver daemon.
+    result[NAME_SERVERS] = "".join(f"nameserver {_plain(server)}\n" for server in config.management.dns)
     if config.time_servers:
         result[TIME_SERVERS] = _unit(("Time", [("NTP", " ".join(config.time_servers))]))
     return result

@@ -22,7 +22,7 @@ from vmm.core.health import Health, Platform, Verdict, judge
 from vmm.core.methods import Handlers
 from vmm.core.permissions import Permissions
 from vmm.core.recovery import Recovery
-from vmm.errors import Unavailable
+from vmm.errors import Unavailable, UserError
 from vmm.hypervisor.driver import LibvirtHypervisor
 from vmm.hypervisor.types import Domain, Hypervisor
 from vmm.machines.host import Host
@@ -77,7 +77,7 @@ class Watch:
     async def _unknown_verdict(self) -> Verdict:
         try:
             unknown = await self._machines.unknown()
-        except Unavailable as error:
+        except UserError as error:
             return False, error.message
         for domain in unknown:
             if domain.uuid not in self._reported and await report_unknown(self._audit, domain):

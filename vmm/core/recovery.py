@@ -28,6 +28,9 @@ class Recovery:
         try:
             # A crash after the mark and before the removal left keys that nobody got: then they are still to be had.
             keys = {name: path.read_text(encoding="ascii").strip() for name, path in files.items() if path.exists()}
+            empty = [name for name, key in keys.items() if not key]
+            if empty:
+                raise Unavailable(f"the recovery key of {' and '.join(empty)} is empty; it was not handed out")
             if not keys:
                 if mark.exists():
                     raise Conflict(
