@@ -69,25 +69,41 @@ def open_keys(folder: Path, *, release: bool) -> KeySet:
     """
     if not folder.exists():
         if release:
-            die(f"there is no key set in {folder}", hint="a release is signed with keys made by docs/key-ceremony.md; KEYS=folder names them")
+            die(
+                f"there is no key set in {folder}",
+                hint="a release is signed with keys made by docs/key-ceremony.md; KEYS=folder names them",
+            )
         make_development_keys(folder)
     keys = KeySet(folder)
     if release and (folder / "development").exists():
-        die(f"{folder} is a development key set; a release must not be signed with it", hint="KEYS=folder names the release keys")
+        die(
+            f"{folder} is a development key set; a release must not be signed with it",
+            hint="KEYS=folder names the release keys",
+        )
     names = (*CERTIFIED, *PLAIN, *ROLES)
-    for file in [keys.folder / "owner.guid", *map(keys.key, names), *map(keys.certificate, CERTIFIED), *map(keys.public, names)]:
+    for file in [
+        keys.folder / "owner.guid",
+        *map(keys.key, names),
+        *map(keys.certificate, CERTIFIED),
+        *map(keys.public, names),
+    ]:
         if release and file.stem in ("test", *ROLES):
             continue
         if not file.exists():
-            die(f"the key set lacks {file}", hint="restore it, or move the folder away to have a new development set made")
+            die(
+                f"the key set lacks {file}",
+                hint="restore it, or move the folder away to have a new development set made",
+            )
     for name in names:
         if keys.key(name).exists() and keys.key(name).stat().st_mode & 0o077:
             die(f"{keys.key(name)} can be read by others", hint=f"chmod 600 {keys.key(name)}")
     if release:
         for name in CERTIFIED:
             if name != "test" and DEVELOPMENT in _subject(keys.certificate(name)):
-                die(f"{keys.certificate(name)} is a development certificate; a release must not be signed with it",
-                    hint="KEYS=folder names the release keys")
+                die(
+                    f"{keys.certificate(name)} is a development certificate; a release must not be signed with it",
+                    hint="KEYS=folder names the release keys",
+                )
     return keys
 
 
@@ -133,7 +149,7 @@ def _certificate(key: rsa.RSAPrivateKey, purpose: str) -> x509.Certificate:
         [x509.NameAttribute(NameOID.ORGANIZATION_NAME, DEVELOPMENT), x509.NameAttribute(NameOID.COMMON_NAME, purpose)]
     )
     # Firmware ignores validity dates, other verifiers do not; a fixed start lets a machine with a wrong clock build.
-    start = datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone.utc)
+    start = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
     return (
         x509.CertificateBuilder()
         .subject_name(name)

@@ -1,4 +1,4 @@
-"""Predicts PCR 11, which systemd-stub and systemd-pcrextend fill (systemd-measure(1), UAPI group's UKI specification)."""
+"""Predicts PCR 11, which systemd-stub and systemd-pcrextend fill (systemd-measure(1), UAPI's UKI specification)."""
 
 from __future__ import annotations
 

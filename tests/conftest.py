@@ -44,9 +44,9 @@ class Recorder:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Join set-up, call and tear-down of a test: a failure in any of them is the test's."""
         self._durations[report.nodeid] = self._durations.get(report.nodeid, 0.0) + report.duration
-        if report.when == "call" or report.outcome != "passed":
-            if self._outcomes.get(report.nodeid) != "failed":
-                self._outcomes[report.nodeid] = report.outcome
+        decisive = report.when == "call" or report.outcome != "passed"
+        if decisive and self._outcomes.get(report.nodeid) != "failed":
+            self._outcomes[report.nodeid] = report.outcome
 
     def pytest_sessionfinish(self) -> None:
         """Write the results over those of earlier runs against the same image."""

@@ -20,7 +20,7 @@ from signing import secureboot
 from signing.keys import KeySet, open_keys
 from signing.pcr import predict_pcr11
 from vmm.errors import die
-from vmm.process import run
+from vmm.process import Argument, run
 
 _SEED = "3fca1f4f-2b9c-4a5b-8d5d-6c9f2d7c1e02"
 """Partition and file system UUIDs derive from it, so that equal inputs give equal disks (systemd-repart(8))."""
@@ -59,14 +59,20 @@ def build_image(layout: Layout) -> None:
 def _inputs(layout: Layout, keys: KeySet) -> str:
     sources = ["mkosi.conf", "image", "vmm", "signing", "tests/harness/cmdline"]
     return digest(
-        [*(layout.repository / name for name in sources), *sorted(keys.folder.glob("*.crt")), *sorted(keys.folder.glob("*.pub"))],
+        [
+            *(layout.repository / name for name in sources),
+            *sorted(keys.folder.glob("*.crt")),
+            *sorted(keys.folder.glob("*.pub")),
+        ],
         layout.version,
         (layout.tools / "etc/holdfast-tools").read_text(),
     )
 
 
 def _initrd_if_changed(layout: Layout) -> None:
-    wanted = digest([layout.repository / "image/initrd", layout.repository / "image/builder/initrd.py"], contents(layout))
+    wanted = digest(
+        [layout.repository / "image/initrd", layout.repository / "image/builder/initrd.py"], contents(layout)
+    )
     stamp, initrd = layout.build / "initrd.inputs", layout.build / "initrd.zst"
     if stamp.exists() and initrd.exists() and stamp.read_text() == wanted:
         return
@@ -79,7 +85,7 @@ def _initrd_if_changed(layout: Layout) -> None:
 
 def _partition(layout: Layout, keys: KeySet, *, fresh: bool) -> str:
     """Run systemd-repart over image/repart: first the slot, then, once the UKI names its hash, the ESP."""
-    command = [
+    command: list[Argument] = [
         "systemd-repart",
         f"--definitions={layout.repository / 'image/repart'}",
         f"--seed={_SEED}",
@@ -124,9 +130,18 @@ def make_uki(layout: Layout, keys: KeySet, root_hash: str, target: Path) -> None
     run(
         [
             *("ukify", "build", f"--output={target}", f"--stub={_EFI / 'linuxx64.efi.stub'}"),
-            *(f"--linux={kernel}", f"--initrd={layout.build / 'initrd.zst'}", f"--microcode={layout.build / 'microcode.cpio'}"),
+            *(
+                f"--linux={kernel}",
+                f"--initrd={layout.build / 'initrd.zst'}",
+                f"--microcode={layout.build / 'microcode.cpio'}",
+            ),
             *(f"--cmdline={command_line(layout, root_hash)}", f"--os-release=@{layout.root / 'usr/lib/os-release'}"),
-            *(f"--uname={kernel_version(layout.root)}", "--efi-arch=x64", "--pcr-banks=sha256", "--phases=enter-initrd"),
+            *(
+                f"--uname={kernel_version(layout.root)}",
+                "--efi-arch=x64",
+                "--pcr-banks=sha256",
+                "--phases=enter-initrd",
+            ),
             *(f"--pcr-private-key={keys.key('pcr')}", f"--pcr-public-key={keys.public('pcr')}"),
             *("--signtool=sbsign", f"--secureboot-private-key={keys.key('db')}"),
             f"--secureboot-certificate={keys.certificate('db')}",
@@ -175,7 +190,10 @@ def _write_manifest(layout: Layout, root_hash: str) -> None:
     sizes["root"] = _used_bytes(layout, table)
     sizes["payload"] = packed + sizes["uki"]
     if sizes["payload"] > layout.limits.payload_bytes:
-        die(f"the payload has {sizes['payload']} bytes, over the limit of {layout.limits.payload_bytes} in image/limits.json")
+        die(
+            f"the payload has {sizes['payload']} bytes, "
+            f"over the limit of {layout.limits.payload_bytes} in image/limits.json"
+        )
     room = layout.limits.root_slot_bytes * layout.limits.root_slot_fill_percent // 100
     if sizes["root"] > room:
         die(f"the root has {sizes['root']} bytes, over the {room} that image/limits.json allows in a slot")
@@ -223,4 +241,3 @@ def make_test_extension(layout: Layout, keys: KeySet) -> None:
     )
     secureboot.write_variables(keys, folder / "keys", db=("db", "test"))
     shutil.copy2(folder / "keys/db.auth", folder / "db.auth")
-

@@ -39,7 +39,7 @@ def become_root() -> None:
         die(
             "this account can use no user namespace with subordinate user ids",
             hint="allow them (sysctl kernel.unprivileged_userns_clone=1 and "
-            "kernel.apparmor_restrict_unprivileged_userns=0, a line for you in /etc/subuid and /etc/subgid), or run as root",
+            "kernel.apparmor_restrict_unprivileged_userns=0, a line for you in /etc/subuid and /etc/subgid) or be root",
         )
     os.execvp(command[0], [*command, sys.executable, "-m", "image.builder", *sys.argv[1:]])
 
@@ -51,7 +51,10 @@ def _install_missing() -> None:
     if not packages:
         return
     if os.geteuid() != 0:
-        die(f"not installed: {' '.join(packages)}", hint=f"sudo apt-get install --no-install-recommends {' '.join(packages)}")
+        die(
+            f"not installed: {' '.join(packages)}",
+            hint=f"sudo apt-get install --no-install-recommends {' '.join(packages)}",
+        )
     if not shutil.which("apt-get"):
         die(f"not installed: {' '.join(packages)}", hint="install them with this system's package manager")
     say(f"installing {' '.join(packages)}")
@@ -82,7 +85,8 @@ def _sources(layout: Layout) -> str:
     if set(found) != set(_SUITES):
         return ""
     return "\n".join(
-        f"Types: deb\nURIs: {found[name]}\nSuites: {suites}\nComponents: {' '.join(_COMPONENTS)}\nSigned-By: {_KEYRING}\n"
+        f"Types: deb\nURIs: {found[name]}\nSuites: {suites}\n"
+        f"Components: {' '.join(_COMPONENTS)}\nSigned-By: {_KEYRING}\n"
         for name, suites in _SUITES.items()
     )
 
@@ -125,6 +129,13 @@ def make_tools(layout: Layout) -> None:
     )
     (fresh / "etc/holdfast-tools").write_text(wanted)
     fresh.rename(layout.tools)
+
+
+def clean(layout: Layout) -> None:
+    """Delete everything under build/ but the keys, without which nothing installed before would take an update."""
+    for path in layout.build.iterdir() if layout.build.exists() else ():
+        if path != layout.keys:
+            _remove(path) if path.is_dir() else path.unlink()
 
 
 def _remove(path: Path) -> None:

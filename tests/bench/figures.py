@@ -41,9 +41,9 @@ def median(group: str, name: str, samples: Sequence[float], *, note: str = "") -
     return Figure(group, name, statistics.median(samples), "s", samples=tuple(samples), note=note)
 
 
-def ratio(group: str, name: str, ours: Figure, theirs: Figure, *, goal: float | None = None) -> Figure:
+def ratio(group: str, name: str, ours: Figure, theirs: Figure, *, goal: float | None = None, note: str = "") -> Figure:
     """How many times theirs ours is."""
-    return Figure(group, name, ours.value / theirs.value, "×", goal)
+    return Figure(group, name, ours.value / theirs.value, "×", goal, note=note)
 
 
 def _amount(value: float, unit: str) -> str:

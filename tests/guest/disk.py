@@ -42,6 +42,10 @@ class FatPartition:
         """Copy the file ``name`` out to ``target``. Raises: UserError when it does not exist."""
         run(["mcopy", "-i", self._drive, "-n", "-o", f"::{name}", target])
 
+    def remove(self, name: str) -> None:
+        """Delete a file, or a folder with all that is in it. Raises: UserError when it does not exist."""
+        run(["mdeltree", "-i", self._drive, f"::{name}"])
+
     def names(self, folder: str = "") -> list[str]:
         """Paths of everything below ``folder``, folders with a slash at their end."""
         listing = run(["mdir", "-i", self._drive, "-/", "-b", f"::{folder}"]).stdout

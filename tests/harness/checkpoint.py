@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from tests.harness import firmware, tpm
@@ -46,6 +46,11 @@ def derive(directory: Path, origin: Files) -> Files:
     overlay(files.variables, origin.variables, "qcow2")
     tpm.copy_state(origin.tpm, files.tpm)
     return files
+
+
+def switched_off(directory: Path, origin: Files) -> Files:
+    """A machine like a suspended one after a loss of power: the same disk, variables and TPM, no memory."""
+    return replace(derive(directory, origin), memory=None)
 
 
 @dataclass(frozen=True)

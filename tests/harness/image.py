@@ -8,7 +8,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.guest.disk import find_esp
+from tests.guest.disk import FatPartition, find_esp
 from vmm.errors import UserError
 from vmm.process import run
 
@@ -120,3 +120,12 @@ def flatten(source: Path, target: Path) -> None:
     Only then does every block a guest reads or writes pass through the server of that one file.
     """
     run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", source, target])
+
+
+def open_disk(files: Files) -> FatPartition:
+    """Make a machine's disk raw, so that tests can change it from outside, and return its ESP.
+
+    The machine then needs a Host with ``faulty_disk``.
+    """
+    flatten(files.disk, files.flat_disk)
+    return find_esp(files.flat_disk)

@@ -11,7 +11,7 @@ import pytest
 
 from tests.bench.figures import Figure, document, median, ratio, table
 from tests.bench.guests import order, plain_arguments
-from tests.bench.timeline import Boot, Watch, first_answer, seconds, startup
+from tests.bench.timeline import Boot, Watch, boot_figures, first_answer, seconds, startup
 from tests.harness.waiting import Deadline, Expired, poll
 
 # -- what systemd and the serial console say ---------------------------------------------------------------------------
@@ -80,13 +80,17 @@ def test_no_answer_ends_with_the_deadline() -> None:
         first_answer(lambda: False, Deadline(0.3, "the API answers"))
 
 
-def test_a_boot_shows_the_stages_that_were_seen() -> None:
-    boot = Boot({"kernel starts": 9.0}, 30.0, {"kernel": 2.0, "userspace": 11.0})
-    assert [(f.name, f.value) for f in boot.figures("start", "API ready")] == [
-        ("at kernel starts", 9.0),
-        ("at API ready", 30.0),
-        ("kernel (systemd)", 2.0),
-        ("userspace (systemd)", 11.0),
+def test_starts_show_the_medians_of_the_stages_that_were_seen() -> None:
+    boots = [
+        Boot({"kernel starts": 9.0}, 30.0, 40.0, {"kernel": 2.0}),
+        Boot({"kernel starts": 11.0}, 32.0, 50.0, {"kernel": 4.0, "userspace": 12.0}),
+    ]
+    assert [(f.name, f.value) for f in boot_figures("start", "API ready", boots)] == [
+        ("at kernel starts", 10.0),
+        ("at API ready", 31.0),
+        ("processor time until API ready", 45.0),
+        ("kernel (systemd)", 3.0),
+        ("userspace (systemd)", 12.0),
     ]
 
 

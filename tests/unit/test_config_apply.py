@@ -66,6 +66,7 @@ def test_a_seed_is_stored_and_rendered(host: Host) -> None:
         "var/lib/holdfast/config/current.json",
         "run/holdfast/config.json",
         "run/holdfast/management.nft",
+        "run/holdfast/resolv.conf",
         "run/systemd/timesyncd.conf.d/holdfast.conf",
         f"{NETWORK}/10-management.network",
         f"{NETWORK}/20-op-lan.netdev",

@@ -100,8 +100,8 @@ def test_version_and_slot(tmp_path: Path) -> None:
     put(tmp_path, "etc/os-release", 'ID=debian\nIMAGE_ID=holdfast\nIMAGE_VERSION="1.2.3"\n')
     put(tmp_path, "proc/cmdline", f"quiet roothash={HASH} lockdown=integrity\n")
     assert version.read(tmp_path) == version.Version("holdfast", "1.2.3", "", HASH)
-    for name, slot in (("root-a", "a"), ("root-B", "b"), ("a", "a"), ("holdfast_1.2.3", ""), ("data", "")):
-        put(tmp_path, "sys/class/block/vda2/uevent", f"DEVTYPE=partition\nPARTNAME={name}\n")
+    for number, slot in (("2", "a"), ("5", "b"), ("6", "b")):
+        put(tmp_path, "sys/class/block/vda2/partition", f"{number}\n")
         link = tmp_path / "dev/disk/by-partuuid/01234567-89ab-cdef-0123-456789abcdef"
         link.parent.mkdir(parents=True, exist_ok=True)
         link.unlink(missing_ok=True)

@@ -182,9 +182,9 @@ def test_the_host_software_stands_alone() -> None:
 
 
 def test_modules_are_short() -> None:
-    """Under 400 lines each."""
+    """At most 400 lines each."""
     long = {name_of(path): path.read_text().count("\n") for path in programs()}
-    assert not {name: lines for name, lines in long.items() if lines >= MOST_LINES}
+    assert not {name: lines for name, lines in long.items() if lines > MOST_LINES}
 
 
 # Written so that this file does not hold what it looks for.

@@ -209,7 +209,7 @@ class Dispatcher:
             reason, failure = "cancelled: the service stopped", error
         except UserError as error:
             reason, failure = error.message, error
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever happened, the outcome goes on record
             reason, failure = f"an internal error: {type(error).__name__}", error
         if call.object_id:
             case.object = msgspec.structs.replace(case.object, id=call.object_id)

@@ -1,0 +1,78 @@
+"""Fixtures shared by the tests on the booted image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.guest.linux import GUEST_READY
+from tests.harness.api import Api
+from tests.harness.checkpoint import Checkpoint
+from tests.harness.host import Host
+from tests.harness.seed import Identity
+
+GUEST_DISK = Path("build/test/guests/linux.raw")
+MEMORY = 256 << 20
+
+
+@dataclass
+class Guests:
+    """Makes real Linux guests on a host through its API."""
+
+    host: Host
+    api: Api
+
+    def create(self, name: str, *, networks: list[str] | None = None) -> Any:
+        """A stopped machine on a volume of its own; returns the API's view of it."""
+        self.api.call("PUT", f"/v1/volumes/{name}-disk/content?format=raw", GUEST_DISK.read_bytes(), seconds=60)
+        spec = {
+            "name": name,
+            "cpus": 1,
+            "memory": MEMORY,
+            "disks": [{"volume": f"{name}-disk"}],
+            "networks": [{"network": network} for network in networks or []],
+        }
+        return self.api.call("POST", "/v1/machines", spec)
+
+    def run(self, name: str, *, networks: list[str] | None = None) -> Any:
+        """A machine whose guest has booted."""
+        self.create(name, networks=networks)
+        view = self.api.call("POST", f"/v1/machines/{name}/start", seconds=60)
+        console = self.api.console(name)
+        console.expect(GUEST_READY, 60)
+        console.close()
+        return view
+
+    def process(self, uuid: str) -> int:
+        """The process id of a machine's QEMU on the host."""
+        found = self.host.agent.python(
+            """
+import pathlib
+result = [int(p.parent.name) for p in pathlib.Path("/proc").glob("[0-9]*/cmdline")
+          if b"qemu-system" in p.read_bytes() and argument.encode() in p.read_bytes()]
+""",
+            uuid,
+        )
+        assert len(found) == 1, found
+        return int(found[0])
+
+
+@pytest.fixture
+def admin(host: Host, clients: dict[str, Identity]) -> Api:
+    """The API as an administrator."""
+    return host.api(clients["admin"])
+
+
+@pytest.fixture
+def guests(host: Host, admin: Api) -> Guests:
+    """A maker of guests on the booted host."""
+    return Guests(host, admin)
+
+
+@pytest.fixture
+def booted_serial(booted: Checkpoint) -> str:
+    """What the host wrote on its serial console until its checkpoint."""
+    return (booted.files.directory / "serial.log").read_text(errors="replace")

@@ -1,0 +1,170 @@
+"""What the booted host is: measured, confined, encrypted, with nothing to log in to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.harness.api import Api
+from tests.harness.host import Host
+
+MANIFEST = Path("build/image/manifest.json")
+SERVICES = ("holdfast-api", "holdfast-audit", "holdfast-core", "holdfast-console@tty1", "holdfast-import@x")
+
+
+@pytest.mark.sfr("FPT_ML_EXT.1")
+def test_pcr_11_equals_the_prediction_of_the_build(host: Host) -> None:
+    """The UKI that runs, measured section by section, is the one that was built, and all boot phases were entered."""
+    measured = host.agent.read("/sys/class/tpm/tpm0/pcr-sha256/11").decode().strip().lower()
+    assert measured == json.loads(MANIFEST.read_text())["pcr11"]
+
+
+def test_the_running_version_names_slot_and_root_hash(admin: Api) -> None:
+    """The API tells which image runs, from which slot."""
+    manifest = json.loads(MANIFEST.read_text())
+    expected = {"product": "holdfast", "version": manifest["version"], "slot": "a", "root_hash": manifest["root_hash"]}
+    assert admin.call("GET", "/v1/version") == expected
+
+
+def test_health_reports_every_invariant(admin: Api) -> None:
+    """All checks are good but the one that emulated processors cannot pass: they carry no microcode."""
+    checks = {check["name"]: check for check in admin.call("GET", "/v1/health")["checks"]}
+    failed = {name for name, check in checks.items() if not check["ok"]}
+    assert failed <= {"vulnerabilities"}, checks
+    assert {"kvm", "apparmor", "lockdown", "secure-boot", "tpm", "volumes-encrypted", "audit", "libvirt"} <= set(checks)
+
+
+def test_the_root_is_verified_and_the_volumes_are_encrypted(host: Host) -> None:
+    """The root is read-only on dm-verity; /var and the audit volume are on dm-crypt with LUKS2, and execute nothing."""
+    mounts = {
+        fields[1]: (fields[0], fields[2], set(fields[3].split(",")))
+        for fields in (line.split() for line in host.agent.read("/proc/mounts").decode().splitlines())
+    }
+    assert mounts["/"][:2] == ("/dev/mapper/root", "erofs")
+    assert "ro" in mounts["/"][2]
+    for place in ("/var", "/var/lib/holdfast-audit"):
+        assert mounts[place][2] >= {"nosuid", "nodev", "noexec"}, mounts[place]
+    kinds = host.agent.python(
+        """
+import pathlib
+result = {}
+for folder in pathlib.Path("/sys/class/block").glob("dm-*/dm"):
+    result[(folder / "name").read_text().strip()] = (folder / "uuid").read_text().strip()
+"""
+    )
+    assert kinds["root"].startswith("CRYPT-VERITY-")
+    assert kinds["data"].startswith("CRYPT-LUKS2-")
+    assert kinds["audit"].startswith("CRYPT-LUKS2-")
+
+
+def test_the_volume_keys_are_sealed_for_the_initrd_only(host: Host) -> None:
+    """Root on the running host cannot unseal the volumes: the PCR policy was signed for the initrd's phase only."""
+    done = host.agent.exec(
+        [
+            "systemd-cryptsetup",
+            "attach",
+            "again",
+            "/dev/disk/by-partlabel/holdfast-audit",
+            "-",
+            "headless=1,tpm2-device=auto",
+        ],
+        check=False,
+        seconds=60,
+    )
+    assert done.rc != 0
+    assert not host.agent.python("import os; result = os.path.exists('/dev/mapper/again')")
+
+
+@pytest.mark.sfr("FPT_EEM_EXT.1")
+def test_no_program_changes_its_user_and_nobody_can_log_in(host: Host) -> None:
+    """No setuid or setgid file and no file capability in the image; every account is locked and has no shell."""
+    found = host.agent.python(
+        """
+import os, stat
+result = []
+for folder, _, files in os.walk("/usr"):
+    for name in files:
+        path = os.path.join(folder, name)
+        mode = os.lstat(path).st_mode
+        if stat.S_ISREG(mode) and (mode & 0o6000 or "security.capability" in os.listxattr(path, follow_symlinks=False)):
+            result.append(path)
+""",
+        seconds=60,
+    )
+    assert found == []
+    for line in host.agent.read("/etc/passwd").decode().splitlines():
+        assert line.endswith(":/usr/sbin/nologin"), line
+    for line in host.agent.read("/etc/shadow").decode().splitlines():
+        assert line.split(":")[1].startswith("!"), line
+    names = host.agent.python(
+        "import os; result = sorted({p for d in ('/usr/bin', '/usr/sbin') for p in os.listdir(d)})"
+    )
+    assert not {"sshd", "login", "agetty", "getty", "su", "sudo", "bash", "pkexec", "sulogin"} & set(names)
+
+
+@pytest.mark.sfr("FTP_TRP.1", "FMT_SMO_EXT.1")
+def test_the_api_is_the_only_listener(host: Host) -> None:
+    """No socket of the host accepts or receives from the network but the API's port."""
+    listening = host.agent.python(
+        """
+result = []
+for table, states in (("tcp", ("0A",)), ("tcp6", ("0A",)), ("udp", ("07",)), ("udp6", ("07",))):
+    for line in open(f"/proc/net/{table}").read().splitlines()[1:]:
+        fields = line.split()
+        if fields[3] in states:
+            result.append([table, int(fields[1].split(":")[1], 16)])
+"""
+    )
+    assert {port for _, port in listening} == {8443}, listening
+
+
+@pytest.mark.sfr("FPT_EEM_EXT.1")
+def test_kernel_hardening_is_in_force(host: Host) -> None:
+    """Lockdown, module signatures, and the settings that isolation rests on."""
+    assert "[integrity]" in host.agent.read("/sys/kernel/security/lockdown").decode()
+    values = {
+        "kernel/kexec_load_disabled": "1",
+        "kernel/io_uring_disabled": "2",
+        "kernel/unprivileged_bpf_disabled": "1",
+        "kernel/yama/ptrace_scope": "2",
+        "kernel/randomize_va_space": "2",
+        "net/ipv4/ip_forward": "0",
+    }
+    for name, value in values.items():
+        assert host.agent.read(f"/proc/sys/{name}").decode().strip() == value, name
+    assert host.agent.read("/sys/module/kvm_amd/parameters/nested").decode().strip() in ("0", "N")
+    assert host.agent.read("/sys/kernel/mm/ksm/run").decode().strip() == "0"
+    status = host.agent.python("import os; s = os.stat('/dev/kvm'); result = [s.st_mode & 0o777, s.st_uid]")
+    assert status == [0o660, 0]
+    unsigned = host.agent.exec(["modprobe", "--force", "dummy"], check=False)
+    assert unsigned.rc != 0
+
+
+@pytest.mark.sfr("FPT_EEM_EXT.1")
+@pytest.mark.parametrize("unit", SERVICES)
+def test_services_are_confined(host: Host, unit: str) -> None:
+    """systemd's own exposure score of every service of ours is at most 2.0."""
+    listed = host.agent.exec(
+        ["systemd-analyze", "security", "--no-pager", "--json=short", f"{unit}.service"], seconds=60
+    )
+    score = sum(float(row["exposure"] or 0) for row in json.loads(listed.out) if row.get("exposure"))
+    overall = host.agent.exec(
+        ["systemd-analyze", "security", "--no-pager", "--threshold=20", f"{unit}.service"], check=False, seconds=60
+    )
+    assert overall.rc == 0, f"{score}: {overall.out}"
+
+
+@pytest.mark.sfr("FTA_TAB.1")
+def test_the_console_shows_the_status_screen(booted_serial: str) -> None:
+    """Banner, version, address and the API's fingerprint are on the console; there is no login prompt."""
+    assert "Authorised use only." in booted_serial
+    assert "https://10.0.2.15:8443" in booted_serial
+    assert "login:" not in booted_serial
+
+
+def test_the_power_button_shuts_down(host: Host) -> None:
+    """A press of the button ends in an orderly power-off."""
+    host.press_power_button()
+    host.wait_off(60)

@@ -1,0 +1,143 @@
+"""What is not signed, not as it was built, or not where it was sealed does not run and does not get the keys."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pefile
+import pytest
+
+from image.builder.assemble import make_uki
+from image.builder.layout import Layout
+from signing.keys import KeySet, make_development_keys
+from tests.guest.disk import find_esp
+from tests.harness import firmware
+from tests.harness.agent import agent_credentials
+from tests.harness.checkpoint import Checkpoint, switched_off
+from tests.harness.host import Host
+from tests.harness.image import Files, Image, open_disk
+from tests.harness.seed import Identity
+from tests.harness.waiting import Expired
+from vmm.config import gpt
+from vmm.process import run
+
+STARTED = "EFI stub: UEFI Secure Boot is enabled"
+ENROLLED = "Custom Secure Boot keys successfully enrolled"
+_EROFS_SUPERBLOCK = 1024
+
+
+def _serial(files: Files) -> str:
+    return (files.directory / "serial.log").read_text(errors="replace")
+
+
+def _flip(file: Path, offset: int) -> None:
+    """Invert the bits of one byte."""
+    with file.open("r+b") as opened:
+        opened.seek(offset)
+        byte = opened.read(1)
+        opened.seek(offset)
+        opened.write(bytes([byte[0] ^ 0xFF]))
+
+
+def _unsigned(uki: Path) -> None:
+    run(["sbattach", "--remove", uki])
+
+
+def _tampered(uki: Path) -> None:
+    linux = next(s for s in pefile.PE(str(uki), fast_load=True).sections if s.Name.rstrip(b"\0") == b".linux")
+    _flip(uki, linux.PointerToRawData + linux.Misc_VirtualSize // 2)
+
+
+@pytest.fixture
+def installed(booted: Checkpoint, workdir: Path) -> Iterator[Files]:
+    """The disk, variables and TPM of a host that has run, after a loss of power."""
+    files = switched_off(workdir, booted.files)
+    yield files
+    files.discard()
+
+
+@pytest.mark.parametrize("change", [_unsigned, _tampered])
+def test_firmware_refuses_another_kernel(
+    change: object, fresh_disk: Files, built_image: Image, seed: str, workdir: Path
+) -> None:
+    """With the keys enrolled, an image without signature, or with one byte changed, is refused and never runs."""
+    assert callable(change)
+    uki = workdir / "changed.efi"
+    shutil.copyfile(built_image.build / "image/holdfast.efi", uki)
+    change(uki)
+    open_disk(fresh_disk).put(uki, f"EFI/Linux/holdfast_{built_image.version}.efi")
+    with Host(fresh_disk, smbios=[seed], faulty_disk=True) as host:
+        host.serial.expect(ENROLLED, 10)
+        host.serial.expect(r"Access denied|Security violation|Bad image|[Ee]rror loading", 10)
+        host.serial.expect("NOTHING", 3)
+        assert "EFI stub" not in _serial(fresh_disk)
+        assert not host.api().reachable()
+
+
+def test_a_changed_root_is_detected(fresh_disk: Files, seed: str) -> None:
+    """One byte of the root's superblock changed: dm-verity stops the kernel, which restarts the machine."""
+    open_disk(fresh_disk)
+    with fresh_disk.flat_disk.open("rb") as disk:
+        root = next(p for p in gpt.read(disk).partitions if p.name.startswith("holdfast_"))
+    _flip(fresh_disk.flat_disk, root.offset + _EROFS_SUPERBLOCK + 36)
+    with Host(fresh_disk, smbios=[seed], faulty_disk=True) as host:
+        host.wait_reset(20)  # The firmware's own, after the keys are enrolled.
+        host.serial.expect(STARTED, 15)
+        host.wait_reset(30)
+        assert not host.api().reachable()
+    assert "corrupt" in _serial(fresh_disk)
+
+
+def test_an_installed_host_opens_its_volumes_after_a_loss_of_power(booted: Checkpoint, installed: Files) -> None:
+    """The control of the next two: the same disk, variables and TPM, unchanged, boot without anybody's help."""
+    open_disk(installed)
+    with Host(installed, smbios=booted.smbios, faulty_disk=True) as host:
+        host.wait_api()
+
+
+def test_volumes_stay_closed_without_secure_boot(booted: Checkpoint, installed: Files) -> None:
+    """Secure Boot off: the kernel starts, but the TPM does not give the volumes' keys and the machine restarts."""
+    open_disk(installed).remove("loader/keys")
+    installed.variables.unlink()
+    firmware.create_variables(installed.variables)
+    with Host(installed, smbios=booted.smbios, faulty_disk=True) as host:
+        host.serial.expect("EFI stub", 15)
+        host.serial.expect("Failed to unseal", 30)
+        host.wait_reset(30)
+        assert not host.api().reachable()
+    assert STARTED not in _serial(installed)
+
+
+def test_volumes_stay_closed_to_an_image_without_the_policy_key(
+    booted: Checkpoint, installed: Files, built_image: Image, workdir: Path
+) -> None:
+    """An image that the firmware accepts, but whose PCR policy another key signed, does not get the volumes' keys."""
+    layout = Layout()
+    other, uki = workdir / "keys", workdir / "other.efi"
+    shutil.rmtree(other, ignore_errors=True)
+    make_development_keys(other)
+    for name in ("db.key", "db.crt"):
+        shutil.copy2(layout.keys / name, other / name)
+    make_uki(layout, KeySet(other), built_image.root_hash, uki)
+    open_disk(installed).put(uki, f"EFI/Linux/holdfast_{built_image.version}.efi")
+    with Host(installed, smbios=booted.smbios, faulty_disk=True) as host:
+        host.serial.expect(STARTED, 15)
+        host.serial.expect("Failed to unseal", 30)
+        host.wait_reset(30)
+        assert not host.api().reachable()
+
+
+def test_the_release_ignores_the_test_extension(
+    fresh_disk: Files, built_image: Image, seed: str, clients: dict[str, Identity]
+) -> None:
+    """With the release's db, an addon signed by the test key has no effect: the host works, no command gets in."""
+    addon = f"EFI/Linux/holdfast_{built_image.version}.efi.extra.d/test.addon.efi"
+    open_disk(fresh_disk).put(built_image.test_addon, addon)
+    with Host(fresh_disk, smbios=[*agent_credentials(), seed], faulty_disk=True) as host:
+        host.wait_api()
+        assert host.api(clients["admin"]).call("GET", "/v1/configuration")["hostname"] == "hf1"
+        with pytest.raises(Expired):
+            host.agent.wait(3)
