@@ -15,13 +15,8 @@ from tests.harness.api import ApiError, tls_context
 from tests.harness.host import Host
 from tests.harness.seed import Identity
 
-_VOLUME, _MODEL = "bench", "model"
-_SPEC = {
-    "cpus": 1,
-    "memory": 256 << 20,
-    "disks": [{"volume": _VOLUME}],
-    "networks": [{"network": "lan"}],
-}
+_MODEL, _OTHER = "bench-model", "bench-other"
+_SIZE = {"cpus": 1, "memory": 256 << 20, "networks": [{"network": "lan"}]}
 _SETTLE_SECONDS = 2
 _KINDS = ("api", "libvirt", "qemu")
 
@@ -69,8 +64,9 @@ def measure(host: Host, admin: Identity, disk: Path, repetitions: int) -> list[F
     """
     samples: dict[str, list[float]] = {kind: [] for kind in _KINDS}
     client = _Client(host, admin)
-    client.call("PUT", f"/v1/volumes/{_VOLUME}/content?format=raw", content=disk.read_bytes())
-    client.call("POST", "/v1/machines", {"name": _MODEL, **_SPEC})
+    for name in (_MODEL, _OTHER):
+        client.call("PUT", f"/v1/volumes/{name}/content?format=raw", content=disk.read_bytes())
+    client.call("POST", "/v1/machines", _spec(_MODEL))
     client.call("POST", f"/v1/machines/{_MODEL}/start")
     xml = call_inside(host, "definition", _MODEL)
     client.call("POST", f"/v1/machines/{_MODEL}/force-off")
@@ -81,7 +77,7 @@ def measure(host: Host, admin: Identity, disk: Path, repetitions: int) -> list[F
         for kind in order(repetition):
             time.sleep(_SETTLE_SECONDS)
             if kind == "api":
-                taken = _by_api(client, f"bench-{repetition}")
+                taken = _by_api(client, _OTHER)
             elif kind == "libvirt":
                 taken = call_inside(host, "create", xml)["seconds"]
             else:
@@ -99,6 +95,11 @@ def _figures(samples: Mapping[str, Sequence[float]]) -> list[Figure]:
     return [api, libvirt, qemu, *shares]
 
 
+def _spec(name: str) -> dict[str, Any]:
+    """A machine with the volume of the same name: a volume belongs to one machine only."""
+    return {"name": name, "disks": [{"volume": name}], **_SIZE}
+
+
 def order(repetition: int) -> tuple[str, ...]:
     """The ways of starting, each one first in turn, so that what drifts meets all alike."""
     turn = repetition % len(_KINDS)
@@ -107,7 +108,7 @@ def order(repetition: int) -> tuple[str, ...]:
 
 def _by_api(client: _Client, name: str) -> float:
     start = time.monotonic()
-    client.call("POST", "/v1/machines", {"name": name, **_SPEC})
+    client.call("POST", "/v1/machines", _spec(name))
     view = client.call("POST", f"/v1/machines/{name}/start")
     taken = time.monotonic() - start
     assert view["state"] == "running", view

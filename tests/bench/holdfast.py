@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import http.client
+import select
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench import inside
-from tests.bench.timeline import MARKERS, Boot, Watch, first_answer, processor_time, startup
+from tests.bench.timeline import MARKERS, Boot, Watch, processor_time, startup
 from tests.harness.agent import agent_credentials
-from tests.harness.api import Api
+from tests.harness.api import Api, tls_context
 from tests.harness.checkpoint import fresh
 from tests.harness.host import Host
 from tests.harness.image import Image
@@ -28,6 +30,7 @@ _LATE_AGENT = credential(
     "systemd.unit-dropin.test-agent.service", b"[Unit]\nAfter=holdfast-api.service holdfast-core.service\n"
 )
 _IDLE_SECONDS = 10
+_ASK_SECONDS, _CONNECT_SECONDS, _LOOK_SECONDS = 0.1, 1.0, 0.02
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,9 @@ class Server:
         start = time.monotonic()
         with Watch(host.files.directory / "serial.log", MARKERS) as watch:
             deadline = Deadline(120 * host.acceleration.scale, "the API answers")
-            # Two seconds a question, as nothing answers before the network is up.
-            ready = first_answer(Api("127.0.0.1", host.port, scale=0.4).reachable, deadline) - start
+            while not _answers(host):
+                time.sleep(min(_ASK_SECONDS, deadline.left()))
+            ready = time.monotonic() - start
             processor = processor_time(host)
             api = host.api(self.admin)
             managed = poll(lambda: _machines(api), deadline.left(), "the API answers an administrator") - start
@@ -78,6 +82,28 @@ class Server:
         host.agent.exec(["systemctl", "is-system-running", "--wait"], check=False, seconds=60)
         phases = startup(host.agent.exec(["systemd-analyze", "time"]).out)
         return Started(Boot(watch.since(start), ready, processor, phases), managed)
+
+
+def _answers(host: Host) -> bool:
+    """Whether the API answers its banner, asked so that neither question nor waiting holds up the host.
+
+    QEMU's user network takes a connection long before the host does, and tries for seconds to reach a host that
+    is not up. Such a connection is given up; one that the host took is waited for.
+    """
+    context = tls_context(None)
+    try:
+        with socket.create_connection(("127.0.0.1", host.port), timeout=120 * host.acceleration.scale) as plain:
+            started = time.monotonic()
+            while "TCP[ESTABLISHED]" not in host.qmp.human("info usernet"):
+                refused = select.select([plain], [], [], _LOOK_SECONDS)[0]
+                if refused or time.monotonic() - started > _CONNECT_SECONDS:
+                    return False
+            connection = http.client.HTTPSConnection("127.0.0.1", context=context)
+            connection.sock = context.wrap_socket(plain)
+            connection.request("GET", "/v1/banner")
+            return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
 
 
 def _machines(api: Api) -> float | None:

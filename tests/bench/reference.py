@@ -68,8 +68,8 @@ def start_reference(files: Files) -> tuple[Boot, int]:
         # Written by stock/extra/usr/lib/bench/report.
         host.serial.expect("BENCH ready", 120)
         ready, processor = time.monotonic() - start, processor_time(host)
-        memory = int(host.serial.expect(r"BENCH memory libvirtd\.service (\d+)", 60)[1])
-        phases = startup(host.serial.expect(r"BENCH time ([^\r\n]+)", 30)[1])
+        memory = int(host.serial.expect(r"BENCH memory libvirtd\.service (\d+)[\r\n]", 60)[1])
+        phases = startup(host.serial.expect(r"BENCH time ([^\r\n]+)[\r\n]", 30)[1])
         host.press_power_button()
         host.wait_off()
         return Boot(watch.since(start), ready, processor, phases), memory * 1024

@@ -6,16 +6,14 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Self
 
 from tests.bench.figures import Figure, median
 from tests.harness.host import Host
-from tests.harness.waiting import Deadline
 
 FIRMWARE_DONE, LOADER_DONE = "boot loader starts", "kernel starts"
 MARKERS = {
@@ -29,7 +27,6 @@ PHASES = ("firmware", "loader", "kernel", "initrd", "userspace")
 _UNITS = {"h": 3600.0, "min": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6}
 _SPAN = r"(?:[\d.]+(?:h|min|ms|us|s) ?)+"
 _LOOK_SECONDS = 0.02
-_ASK_SECONDS = 0.25
 
 
 def seconds(span: str) -> float:
@@ -125,23 +122,3 @@ class Watch:
     ) -> None:
         self._stopped.set()
         self._thread.join()
-
-
-def first_answer(ask: Callable[[], bool], deadline: Deadline) -> float:
-    """The time.monotonic() of the first true answer; ``ask`` runs in several threads at a time.
-
-    A question put to a machine that is not up yet may hang for seconds. The next is asked meanwhile, so
-    that the moment is not missed. Raises: Expired.
-    """
-    answers: SimpleQueue[float] = SimpleQueue()
-
-    def attempt() -> None:
-        if ask():
-            answers.put(time.monotonic())
-
-    while True:
-        threading.Thread(target=attempt, name="ask", daemon=True).start()
-        try:
-            return answers.get(timeout=min(_ASK_SECONDS, deadline.left()))
-        except Empty:
-            pass

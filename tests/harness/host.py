@@ -227,7 +227,7 @@ class Host:
 
     def wait_api(self, seconds: float = 60) -> None:
         """Wait until the API answers its banner. Raises: Expired with the end of the serial log."""
-        poll(self.api().reachable, seconds * self.acceleration.scale, "the API answers", interval=0.5)
+        poll(lambda: self.api().reachable(0.5), seconds * self.acceleration.scale, "the API answers", interval=0.5)
 
     def __enter__(self) -> Self:
         try:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.harness.emulator import emulator
 from tests.harness import firmware
 from tests.harness.accel import Acceleration
 from tests.harness.agent import PORT_NAME
@@ -93,7 +94,7 @@ def qemu_command(
 ) -> list[Argument]:
     """The command for a machine that waits (-S) for its test to connect; ``smbios`` are files of type 11 strings."""
     command: list[Argument] = [
-        "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-S",
+        emulator(acceleration.name), "-nodefaults", "-no-user-config", "-display", "none", "-S",
         "-machine", "q35,smm=on,pflash0=code,pflash1=variables",
         *acceleration.arguments,
         "-smp", str(hardware.cpus), "-m", str(hardware.memory >> 20), "-rtc", "base=utc",

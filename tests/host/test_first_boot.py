@@ -10,7 +10,7 @@ from tests.harness.image import Files
 from tests.harness.seed import Identity
 from vmm.audit.verify import Chain
 
-CUTS = (3, 5, 7, 9, 11, 14, 18)
+CUTS = (6, 10, 13, 16, 20, 25, 30)
 """Seconds from the start of the kernel: where the power goes, one position a boot, all on one machine."""
 
 _TAIL = 1500
@@ -19,7 +19,7 @@ _TAIL = 1500
 def test_the_host_comes_back_after_power_cuts_during_its_first_boot(
     fresh_disk: Files, seed: str, clients: dict[str, Identity]
 ) -> None:
-    """After cuts at ever later points an undisturbed boot gives a whole host: API, gapless audit trail, recovery keys."""
+    """After cuts at ever later points an undisturbed boot gives a whole host: gapless audit trail, recovery keys."""
     with Host(fresh_disk, smbios=[seed], faulty_disk=True) as host:
         for seconds in CUTS:
             host.serial.expect("EFI stub: UEFI Secure Boot is enabled", 15)
@@ -40,5 +40,6 @@ def test_the_host_comes_back_after_power_cuts_during_its_first_boot(
         while after is not None:
             page = admin.call("GET", f"/v1/audit?after={after}&limit=1000")
             for record in page["records"]:
-                chain.follow(json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode() + b"\n")
+                line = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+                chain.follow(line.encode() + b"\n")
             after = page["next"]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pefile
@@ -13,7 +12,6 @@ import pytest
 from image.builder.assemble import make_uki
 from image.builder.layout import Layout
 from signing.keys import KeySet, make_development_keys
-from tests.guest.disk import find_esp
 from tests.harness import firmware
 from tests.harness.agent import agent_credentials
 from tests.harness.checkpoint import Checkpoint, switched_off
@@ -59,22 +57,22 @@ def installed(booted: Checkpoint, workdir: Path) -> Iterator[Files]:
     files.discard()
 
 
-@pytest.mark.parametrize("change", [_unsigned, _tampered])
+@pytest.mark.parametrize("change", [_unsigned, _tampered], ids=["unsigned", "tampered"])
 def test_firmware_refuses_another_kernel(
-    change: object, fresh_disk: Files, built_image: Image, seed: str, workdir: Path
+    change: Callable[[Path], None], fresh_disk: Files, built_image: Image, seed: str, workdir: Path
 ) -> None:
     """With the keys enrolled, an image without signature, or with one byte changed, is refused and never runs."""
-    assert callable(change)
     uki = workdir / "changed.efi"
     shutil.copyfile(built_image.build / "image/holdfast.efi", uki)
     change(uki)
     open_disk(fresh_disk).put(uki, f"EFI/Linux/holdfast_{built_image.version}.efi")
     with Host(fresh_disk, smbios=[seed], faulty_disk=True) as host:
         host.serial.expect(ENROLLED, 10)
-        host.serial.expect(r"Access denied|Security violation|Bad image|[Ee]rror loading", 10)
-        host.serial.expect("NOTHING", 3)
-        assert "EFI stub" not in _serial(fresh_disk)
-        assert not host.api().reachable()
+        host.serial.expect(r"Error loading \\EFI\\Linux\\\S+\.efi: Access denied", 10)
+        # The firmware has tried all there is and waits for somebody; nothing starts by itself any more.
+        host.serial.expect("No bootable option or device was found", 10)
+        assert not host.api().reachable(0.5)
+    assert "EFI stub" not in _serial(fresh_disk)
 
 
 def test_a_changed_root_is_detected(fresh_disk: Files, seed: str) -> None:
@@ -84,10 +82,10 @@ def test_a_changed_root_is_detected(fresh_disk: Files, seed: str) -> None:
         root = next(p for p in gpt.read(disk).partitions if p.name.startswith("holdfast_"))
     _flip(fresh_disk.flat_disk, root.offset + _EROFS_SUPERBLOCK + 36)
     with Host(fresh_disk, smbios=[seed], faulty_disk=True) as host:
-        host.wait_reset(20)  # The firmware's own, after the keys are enrolled.
-        host.serial.expect(STARTED, 15)
-        host.wait_reset(30)
-        assert not host.api().reachable()
+        host.wait_reset(5)  # The firmware's own, after the keys are enrolled.
+        host.serial.expect(STARTED, 6)
+        host.wait_reset(8)
+        assert not host.api().reachable(0.5)
     assert "corrupt" in _serial(fresh_disk)
 
 
@@ -104,10 +102,10 @@ def test_volumes_stay_closed_without_secure_boot(booted: Checkpoint, installed: 
     installed.variables.unlink()
     firmware.create_variables(installed.variables)
     with Host(installed, smbios=booted.smbios, faulty_disk=True) as host:
-        host.serial.expect("EFI stub", 15)
-        host.serial.expect("Failed to unseal", 30)
-        host.wait_reset(30)
-        assert not host.api().reachable()
+        host.serial.expect("EFI stub", 6)
+        host.serial.expect("Failed to unseal", 12)
+        host.wait_reset(8)
+        assert not host.api().reachable(0.5)
     assert STARTED not in _serial(installed)
 
 
@@ -124,10 +122,10 @@ def test_volumes_stay_closed_to_an_image_without_the_policy_key(
     make_uki(layout, KeySet(other), built_image.root_hash, uki)
     open_disk(installed).put(uki, f"EFI/Linux/holdfast_{built_image.version}.efi")
     with Host(installed, smbios=booted.smbios, faulty_disk=True) as host:
-        host.serial.expect(STARTED, 15)
-        host.serial.expect("Failed to unseal", 30)
-        host.wait_reset(30)
-        assert not host.api().reachable()
+        host.serial.expect(STARTED, 6)
+        host.serial.expect("Failed to unseal", 12)
+        host.wait_reset(8)
+        assert not host.api().reachable(0.5)
 
 
 def test_the_release_ignores_the_test_extension(

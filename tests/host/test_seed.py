@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,11 +41,11 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
 
 def test_a_wrong_seed_is_refused_as_a_whole(fresh_disk: Files, clients: dict[str, Identity], seed: str) -> None:
     """One wrong field: the console names it and the API stays away. Nothing was kept: a right seed then works."""
-    management = {"interface": MANAGEMENT_MAC, "address": "10.0.0", "gateway": None, "dns": []}
+    management: dict[str, Any] = {"interface": MANAGEMENT_MAC, "address": "10.0.0", "gateway": None, "dns": []}
     wrong = configuration(list(clients.values()), hostname="wrong", management=management)
     with Host(fresh_disk, smbios=[seed_credential(wrong)]) as host:
         host.serial.expect(r"NOT CONFIGURED: management\.address: ", 60)
-        assert not host.api().reachable()
+        assert not host.api().reachable(0.5)
     with Host(fresh_disk, smbios=[seed]) as host:
         host.wait_api()
         assert host.api(clients["admin"]).call("GET", "/v1/configuration")["hostname"] == "hf1"

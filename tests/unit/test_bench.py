@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from pathlib import Path
 
@@ -11,8 +10,8 @@ import pytest
 
 from tests.bench.figures import Figure, document, median, ratio, table
 from tests.bench.guests import order, plain_arguments
-from tests.bench.timeline import Boot, Watch, boot_figures, first_answer, seconds, startup
-from tests.harness.waiting import Deadline, Expired, poll
+from tests.bench.timeline import Boot, Watch, boot_figures, seconds, startup
+from tests.harness.waiting import poll
 
 # -- what systemd and the serial console say ---------------------------------------------------------------------------
 
@@ -57,27 +56,6 @@ def test_markers_count_from_where_the_file_ended_and_the_last_appearance_counts(
         poll(lambda: watch.seen["loader"] > first, 10, "the marker is seen again")
     assert list(watch.since(start)) == ["loader"]
     assert watch.since(start)["loader"] == watch.seen["loader"] - start
-
-
-def test_a_question_that_hangs_does_not_hide_the_first_answer() -> None:
-    hung = threading.Event()
-    asked: list[float] = []
-
-    def ask() -> bool:
-        asked.append(time.monotonic())
-        if len(asked) == 1:
-            hung.wait(10)
-            return False
-        return len(asked) == 3
-
-    start = time.monotonic()
-    assert start < first_answer(ask, Deadline(10, "an answer")) < start + 5
-    hung.set()
-
-
-def test_no_answer_ends_with_the_deadline() -> None:
-    with pytest.raises(Expired, match="the API answers"):
-        first_answer(lambda: False, Deadline(0.3, "the API answers"))
 
 
 def test_starts_show_the_medians_of_the_stages_that_were_seen() -> None:
