@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.harness.emulator import emulator
 from tests.harness import firmware
 from tests.harness.accel import Acceleration
 from tests.harness.agent import PORT_NAME
+from tests.harness.emulator import emulator
 from tests.harness.image import Files
 from tests.harness.seed import MANAGEMENT_MAC, OPERATIONAL_MAC
 from vmm.process import Argument

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from tests.guest.linux import GUEST_READY
+from tests.guest.linux import GUEST_PROMPT, GUEST_READY
 from tests.harness.api import Api
 from tests.harness.checkpoint import Checkpoint
 from tests.harness.host import Host
 from tests.harness.seed import Identity
+from tests.harness.stream import Console
 
 GUEST_DISK = Path("build/test/guests/linux.raw")
 MEMORY = 256 << 20
@@ -45,6 +46,14 @@ class Guests:
         console.expect(GUEST_READY, 60)
         console.close()
         return view
+
+    def shell(self, name: str) -> Console:
+        """The console of a booted guest, at its prompt."""
+        console = self.api.console(name)
+        console.send("\necho in-$((40 + 2))-step\n")
+        console.expect("in-42-step")
+        console.expect(GUEST_PROMPT)
+        return console
 
     def process(self, uuid: str) -> int:
         """The process id of a machine's QEMU on the host."""

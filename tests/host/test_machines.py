@@ -40,6 +40,8 @@ def test_a_linux_guest_lives_its_life(admin: Api, guests: Guests) -> None:
     assert [(m["name"], m["state"]) for m in admin.call("GET", "/v1/machines")] == [("vm1", "running")]
     console = admin.console("vm1")
     console.expect(GUEST_READY, 60)
+    console.close()
+    console = guests.shell("vm1")
     assert "Linux" in console.run("uname -a", GUEST_PROMPT)
     assert "kvm" not in console.run(
         "cat /sys/devices/system/clocksource/clocksource0/available_clocksource", GUEST_PROMPT
@@ -145,8 +147,7 @@ result = data.decode()
 def test_a_guest_cannot_reach_the_host(host: Host, admin: Api, guests: Guests) -> None:
     """On an operational network nothing answers for the host: no ARP, no ping, no API; the wire hears the guest."""
     guests.run("vm1", networks=["lan"])
-    console = admin.console("vm1")
-    console.send("\n")
+    console = guests.shell("vm1")
     console.run("net 10.0.2.99/24", GUEST_PROMPT)
     console.send("ping -c 3 -w 5 10.0.2.15\n")
     console.expect(r"0 packets received|0 received|100% packet loss", 30)
