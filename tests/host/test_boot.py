@@ -138,22 +138,19 @@ def test_kernel_hardening_is_in_force(host: Host) -> None:
     assert host.agent.read("/sys/kernel/mm/ksm/run").decode().strip() == "0"
     status = host.agent.python("import os; s = os.stat('/dev/kvm'); result = [s.st_mode & 0o777, s.st_uid]")
     assert status == [0o660, 0]
-    unsigned = host.agent.exec(["modprobe", "--force", "dummy"], check=False)
-    assert unsigned.rc != 0
+    # --force strips what the signature covers; the same module as it was signed loads.
+    assert host.agent.exec(["modprobe", "--force", "dummy"], check=False).rc != 0
+    host.agent.exec(["modprobe", "dummy"])
 
 
 @pytest.mark.sfr("FPT_EEM_EXT.1")
 @pytest.mark.parametrize("unit", SERVICES)
 def test_services_are_confined(host: Host, unit: str) -> None:
     """systemd's own exposure score of every service of ours is at most 2.0."""
-    listed = host.agent.exec(
-        ["systemd-analyze", "security", "--no-pager", "--json=short", f"{unit}.service"], seconds=60
-    )
-    score = sum(float(row["exposure"] or 0) for row in json.loads(listed.out) if row.get("exposure"))
-    overall = host.agent.exec(
-        ["systemd-analyze", "security", "--no-pager", "--threshold=20", f"{unit}.service"], check=False, seconds=60
-    )
-    assert overall.rc == 0, f"{score}: {overall.out}"
+    # The threshold counts in tenths.
+    command = ["systemd-analyze", "security", "--no-pager", "--threshold=20", f"{unit}.service"]
+    overall = host.agent.exec(command, check=False, seconds=60)
+    assert overall.rc == 0, overall.out
 
 
 @pytest.mark.sfr("FTA_TAB.1")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import ssl
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,6 @@ from vmm.cli import client, output, settings
 from vmm.errors import Conflict, NotFound, UserError
 
 Capture = pytest.CaptureFixture[str]
-
-
-@pytest.fixture
-def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeApi]:
-    """A server that knows our identity, and is pinned as the default remote; the banner was shown."""
-    enrolled(tmp_path / "user", monkeypatch)
-    with fake_api(tmp_path / "server") as server:
-        holdfast("remote", "add", "hf1", server.url, "--fingerprint", server.fingerprint)
-        server.seen.clear()
-        yield server
 
 
 def test_adding_a_remote_pins_it_and_prints_the_banner(api: FakeApi, capsys: Capture) -> None:

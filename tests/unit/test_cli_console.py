@@ -8,26 +8,16 @@ import select
 import sys
 import termios
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.unit.test_cli_rig import UUID, FakeApi, enrolled, fake_api, holdfast
+from tests.unit.test_cli_rig import UUID, FakeApi, holdfast
 from vmm import process
 from vmm.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "vmm.cli", "vm", "console", "web"]
-
-
-@pytest.fixture
-def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeApi]:
-    enrolled(tmp_path / "user", monkeypatch)
-    with fake_api(tmp_path / "server") as server:
-        holdfast("remote", "add", "hf1", server.url, "--fingerprint", server.fingerprint)
-        server.seen.clear()
-        yield server
 
 
 def test_in_a_pipe_input_goes_in_until_the_guest_ends_it(api: FakeApi) -> None:

@@ -1,0 +1,20 @@
+"""Fixtures shared by unit tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.unit.test_cli_rig import FakeApi, enrolled, fake_api, holdfast
+
+
+@pytest.fixture
+def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeApi]:
+    """A server that knows our identity, and is pinned as the command's default remote; the banner was shown."""
+    enrolled(tmp_path / "user", monkeypatch)
+    with fake_api(tmp_path / "server") as server:
+        holdfast("remote", "add", "hf1", server.url, "--fingerprint", server.fingerprint)
+        server.seen.clear()
+        yield server
