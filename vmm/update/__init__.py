@@ -1,0 +1,1 @@
+"""Takes releases: what may be installed, getting it, writing the other slot, judging the boot into it."""
