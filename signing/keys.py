@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
+from signing.root import KEYS_OF_ROLE, provide_root
 from vmm.errors import die
 
 CERTIFIED = {
@@ -31,7 +32,7 @@ CERTIFIED = {
 PLAIN = {"pcr": "PCR policy key"}
 """RSA keys without one: what the TPM verifies."""
 
-ROLES = ("root1", "root2", "root3", "targets", "snapshot", "timestamp")
+ROLES = tuple(name for names in KEYS_OF_ROLE.values() for name in names)
 """ECDSA P-384 keys of the update repository (TUF)."""
 
 DEVELOPMENT = "Holdfast development"
@@ -60,9 +61,14 @@ class KeySet:
         """The GUID under which firmware files these keys."""
         return (self.folder / "owner.guid").read_text().strip()
 
+    @property
+    def root(self) -> Path:
+        """The update repository's first root.json, which the image brings to hosts."""
+        return self.folder / "root.json"
+
 
 def open_keys(folder: Path, *, release: bool) -> KeySet:
-    """Open a key set, making a development one where the folder does not exist.
+    """Open a key set, making a development one where the folder does not exist, or its root.json where it is missing.
 
     Raises: UserError naming the missing file, a private key that others can read, or, for a release, the
     certificate that is a development one.
@@ -104,6 +110,13 @@ def open_keys(folder: Path, *, release: bool) -> KeySet:
                     f"{keys.certificate(name)} is a development certificate; a release must not be signed with it",
                     hint="KEYS=folder names the release keys",
                 )
+        if not keys.root.exists():
+            die(
+                f"the key set lacks {keys.root}, by which hosts know the update repository",
+                hint="holdfast-release root --keys FOLDER makes it, once, from two of the three root keys",
+            )
+    else:
+        provide_root(folder)
     return keys
 
 
@@ -129,6 +142,7 @@ def make_development_keys(folder: Path) -> None:
         _write_key(keys, name, rsa.generate_private_key(public_exponent=65537, key_size=2048))
     for name in ROLES:
         _write_key(keys, name, ec.generate_private_key(ec.SECP384R1()))
+    provide_root(fresh)
     fresh.rename(folder)
 
 

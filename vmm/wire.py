@@ -23,7 +23,7 @@ import msgspec
 from vmm.errors import Conflict, Forbidden, NotFound, Unavailable, UserError
 
 MAX_FRAME = 1 << 20
-_HEADER = struct.Struct(">cI")
+HEADER = struct.Struct(">cI")
 
 
 class Kind(enum.Enum):
@@ -80,13 +80,13 @@ class Channel:
 
     async def send(self, kind: Kind, payload: bytes = b"") -> None:
         """Send a frame; returns once the other end keeps up. Raises: ConnectionError."""
-        self._writer.write(_HEADER.pack(kind.value, len(payload)) + payload)
+        self._writer.write(HEADER.pack(kind.value, len(payload)) + payload)
         await self._writer.drain()
 
     async def receive(self) -> tuple[Kind, bytes]:
         """Wait for the next frame. Raises: ProtocolError at a broken or ended stream."""
         try:
-            raw_kind, length = _HEADER.unpack(await self._reader.readexactly(_HEADER.size))
+            raw_kind, length = HEADER.unpack(await self._reader.readexactly(HEADER.size))
             if length > MAX_FRAME:
                 raise ProtocolError(f"a frame of {length} bytes is over the limit of {MAX_FRAME}")
             return Kind(raw_kind), await self._reader.readexactly(length)
@@ -186,39 +186,53 @@ async def call(path: Path, method: str, params: dict[str, Any] | None = None) ->
 Handler = Callable[[Request, Channel], Awaitable[Any]]
 
 
-async def serve(path: Path, handler: Handler, *, mode: int = 0o660) -> asyncio.Server:
-    """Serve calls on a Unix socket until the server is closed.
+async def answer(channel: Channel, handler: Handler) -> None:
+    """Serve the one call on a connection, and close it.
 
     ``handler`` returns the result (any JSON value or msgspec Struct) or raises UserError, which
     travels to the caller; any other exception is printed and becomes an internal problem.
     """
+    async with channel:
+        try:
+            kind, payload = await channel.receive()
+            if kind is not Kind.REQUEST:
+                raise ProtocolError(f"expected a request, got {kind.name}")
+            request = msgspec.json.decode(payload, type=Request)
+        except (ProtocolError, msgspec.DecodeError):
+            return
+        try:
+            result = await handler(request, channel)
+            await channel.send(Kind.RESULT, msgspec.json.encode(result))
+        except UserError as error:
+            await _send_problem(channel, problem_of(error))
+        except (ProtocolError, ConnectionError):
+            return
+        except Exception as error:  # noqa: BLE001 - one broken call must not end the daemon
+            asyncio.get_running_loop().call_exception_handler(
+                {"message": f"the call {request.method} failed", "exception": error}
+            )
+            await _send_problem(channel, Problem("internal", 500, "an internal error; the journal has its trace"))
+
+
+async def serve(path: Path, handler: Handler, *, mode: int = 0o660) -> asyncio.Server:
+    """Serve calls on a Unix socket until the server is closed; for ``handler`` see answer()."""
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        async with Channel(reader, writer) as channel:
-            try:
-                kind, payload = await channel.receive()
-                if kind is not Kind.REQUEST:
-                    raise ProtocolError(f"expected a request, got {kind.name}")
-                request = msgspec.json.decode(payload, type=Request)
-            except (ProtocolError, msgspec.DecodeError):
-                return
-            try:
-                result = await handler(request, channel)
-                await channel.send(Kind.RESULT, msgspec.json.encode(result))
-            except UserError as error:
-                await _send_problem(channel, problem_of(error))
-            except (ProtocolError, ConnectionError):
-                return
-            except Exception as error:  # noqa: BLE001 - one broken call must not end the daemon
-                asyncio.get_running_loop().call_exception_handler(
-                    {"message": f"the call {request.method} failed", "exception": error}
-                )
-                await _send_problem(channel, Problem("internal", 500, "an internal error; the journal has its trace"))
+        await answer(Channel(reader, writer), handler)
 
     path.unlink(missing_ok=True)
     server = await asyncio.start_unix_server(connected, path, limit=MAX_FRAME)
     path.chmod(mode)
     return server
+
+
+async def serve_on(listening: socket.socket, handler: Handler) -> asyncio.Server:
+    """The same on a socket that systemd has made and listens on already (sd_listen_fds(3))."""
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await answer(Channel(reader, writer), handler)
+
+    return await asyncio.start_unix_server(connected, sock=listening, limit=MAX_FRAME)
 
 
 async def _send_problem(channel: Channel, problem: Problem) -> None:

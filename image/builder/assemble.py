@@ -10,20 +10,17 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 from image.builder.host import say
 from image.builder.initrd import contents, kernel_version, make_initrd, make_microcode
 from image.builder.layout import SOURCE_DATE_EPOCH, Layout, digest
+from image.builder.slot import Slot, make_disk, make_slot
 from image.builder.tree import make_tree
 from signing import secureboot
 from signing.keys import KeySet, open_keys
 from signing.pcr import predict_pcr11
 from vmm.errors import die
-from vmm.process import Argument, run
-
-_SEED = "3fca1f4f-2b9c-4a5b-8d5d-6c9f2d7c1e02"
-"""Partition and file system UUIDs derive from it, so that equal inputs give equal disks (systemd-repart(8))."""
+from vmm.process import run
 
 _EFI = Path("/usr/lib/systemd/boot/efi")
 
@@ -44,12 +41,13 @@ def build_image(layout: Layout) -> None:
     make_tree(layout)
     _initrd_if_changed(layout)
     say("making the root file system, its hash tree and signature")
-    root_hash = _partition(layout, keys, fresh=True)
+    slot = make_slot(layout, keys)
     say("making and signing the unified kernel image")
-    make_uki(layout, keys, root_hash, layout.uki)
-    _fill_esp(layout, keys)
-    _partition(layout, keys, fresh=False)
-    _write_manifest(layout, root_hash)
+    make_uki(layout, keys, slot.root_hash, layout.uki)
+    make_disk(layout, slot, _fill_esp(layout, keys))
+    (layout.release_folder / "uki.efi").unlink(missing_ok=True)
+    (layout.release_folder / "uki.efi").hardlink_to(layout.uki)
+    _write_manifest(layout, slot)
     shutil.copy2(layout.mkosi_output / "vmlinuz", layout.image / "vmlinuz")
     make_test_extension(layout, keys)
     stamp.write_text(inputs)
@@ -63,8 +61,10 @@ def _inputs(layout: Layout, keys: KeySet) -> str:
             *(layout.repository / name for name in sources),
             *sorted(keys.folder.glob("*.crt")),
             *sorted(keys.folder.glob("*.pub")),
+            keys.root,
         ],
         layout.version,
+        str(layout.epoch),
         (layout.tools / "etc/holdfast-tools").read_text(),
     )
 
@@ -81,38 +81,6 @@ def _initrd_if_changed(layout: Layout) -> None:
     make_initrd(layout, initrd)
     make_microcode(layout.root, layout.build / "microcode.cpio")
     stamp.write_text(wanted)
-
-
-def _partition(layout: Layout, keys: KeySet, *, fresh: bool) -> str:
-    """Run systemd-repart over image/repart: first the slot, then, once the UKI names its hash, the ESP."""
-    command: list[Argument] = [
-        "systemd-repart",
-        f"--definitions={layout.repository / 'image/repart'}",
-        f"--seed={_SEED}",
-        "--offline=yes",
-        "--dry-run=no",
-        "--no-pager",
-        "--json=short",
-        "--size=auto",
-        f"--empty={'create' if fresh else 'allow'}",
-        f"--private-key={keys.key('verity')}",
-        f"--certificate={keys.certificate('verity')}",
-        f"--copy-source={layout.root if fresh else layout.build / 'esp'}",
-        *(["--defer-partitions=esp"] if fresh else []),
-        layout.disk,
-    ]
-    if fresh:
-        layout.disk.unlink(missing_ok=True)
-    result = run(
-        command,
-        env={
-            "SOURCE_DATE_EPOCH": str(SOURCE_DATE_EPOCH),
-            "SYSTEMD_REPART_MKFS_OPTIONS_EROFS": f"-T{SOURCE_DATE_EPOCH} -zlz4hc,9 -C65536",
-            "IMAGE_VERSION": layout.version,
-        },
-    )
-    partitions: list[dict[str, Any]] = json.loads(result.stdout)
-    return next((str(p["roothash"]) for p in partitions if p.get("roothash", "TBD") not in ("TBD", None)), "")
 
 
 def command_line(layout: Layout, root_hash: str) -> str:
@@ -152,7 +120,7 @@ def make_uki(layout: Layout, keys: KeySet, root_hash: str, target: Path) -> None
         die(f"the UKI has {size} bytes, over the limit of {layout.limits.uki_bytes} in image/limits.json")
 
 
-def _fill_esp(layout: Layout, keys: KeySet) -> None:
+def _fill_esp(layout: Layout, keys: KeySet) -> Path:
     esp = layout.build / "esp"
     shutil.rmtree(esp, ignore_errors=True)
     for folder in ("EFI/BOOT", "EFI/systemd", "EFI/Linux", "loader"):
@@ -163,32 +131,13 @@ def _fill_esp(layout: Layout, keys: KeySet) -> None:
     secureboot.write_variables(keys, esp / "loader/keys/auto")
     for path in esp.rglob("*"):
         os.utime(path, (SOURCE_DATE_EPOCH, SOURCE_DATE_EPOCH))
+    return esp
 
 
-def _write_manifest(layout: Layout, root_hash: str) -> None:
-    sizes = {"uki": layout.uki.stat().st_size}
-    payload = layout.build / "payload"
-    shutil.rmtree(payload, ignore_errors=True)
-    payload.mkdir()
-    table = json.loads(run(["sfdisk", "--json", layout.disk]).stdout)["partitiontable"]
-    packed = 0
-    for part in table["partitions"]:
-        name = part["name"]
-        if name == "esp":
-            continue
-        # Only what is written counts: slots are larger than what is in them and the rest is zero.
-        file = payload / name
-        with layout.disk.open("rb") as disk, file.open("wb") as out:
-            disk.seek(part["start"] * 512)
-            remaining = part["size"] * 512
-            while remaining and (block := disk.read(min(1 << 20, remaining))):
-                out.write(block)
-                remaining -= len(block)
-        run(["zstd", "--quiet", "--force", "-T0", "-3", file])
-        packed += (payload / f"{name}.zst").stat().st_size
-    shutil.rmtree(payload)
-    sizes["root"] = _used_bytes(layout, table)
-    sizes["payload"] = packed + sizes["uki"]
+def _write_manifest(layout: Layout, slot: Slot) -> None:
+    release = layout.release_folder
+    sizes = {"uki": layout.uki.stat().st_size, "root": (release / "root.raw").stat().st_size}
+    sizes["payload"] = sizes["uki"] + sum(_packed_bytes(release / f"{name}.raw") for name in slot.uuids)
     if sizes["payload"] > layout.limits.payload_bytes:
         die(
             f"the payload has {sizes['payload']} bytes, "
@@ -197,28 +146,28 @@ def _write_manifest(layout: Layout, root_hash: str) -> None:
     room = layout.limits.root_slot_bytes * layout.limits.root_slot_fill_percent // 100
     if sizes["root"] > room:
         die(f"the root has {sizes['root']} bytes, over the {room} that image/limits.json allows in a slot")
-    layout.manifest.write_text(
-        json.dumps(
-            {
-                "version": layout.version,
-                "root_hash": root_hash,
-                "command_line": command_line(layout, root_hash),
-                "pcr11": predict_pcr11(layout.uki),
-                "uki_sha256": hashlib.sha256(layout.uki.read_bytes()).hexdigest(),
-                "sizes": sizes,
-            },
-            indent=2,
-        )
-        + "\n"
-    )
+    facts = {
+        "version": layout.version,
+        "epoch": layout.epoch,
+        "minimum_source": layout.minimum_source,
+        "root_hash": slot.root_hash,
+        **{f"{name}_uuid": uuid for name, uuid in slot.uuids.items()},
+        "command_line": command_line(layout, slot.root_hash),
+        "pcr11": predict_pcr11(layout.uki),
+        "uki_sha256": hashlib.sha256(layout.uki.read_bytes()).hexdigest(),
+        "sizes": sizes,
+    }
+    for manifest in (release / "manifest.json", layout.manifest):
+        manifest.write_text(json.dumps(facts, indent=2) + "\n")
 
 
-def _used_bytes(layout: Layout, table: dict[str, Any]) -> int:
-    # erofs: block count at offset 36 of the superblock, which lies at 1024 (fs/erofs/erofs_fs.h); 4 KiB blocks.
-    start = next(part["start"] for part in table["partitions"] if part["name"].startswith("holdfast_")) * 512
-    with layout.disk.open("rb") as disk:
-        disk.seek(start + 1024 + 36)
-        return int.from_bytes(disk.read(4), "little") * 4096
+def _packed_bytes(part: Path) -> int:
+    """About what a part weighs on the wire; a release is packed harder."""
+    packed = part.with_suffix(".zst")
+    run(["zstd", "--quiet", "--force", "-T0", "-1", part, "-o", packed])
+    size = packed.stat().st_size
+    packed.unlink()
+    return size
 
 
 def make_test_extension(layout: Layout, keys: KeySet) -> None:

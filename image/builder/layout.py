@@ -19,6 +19,10 @@ SOURCE_DATE_EPOCH = 1767225600
 """The one time stamp of every file in the image (2026-01-01, UTC), so that equal inputs build equal bits."""
 
 
+MAX_EPOCH = 64
+"""The floor in the TPM is a field of 64 bits, one an epoch."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """Sizes in bytes above which a build fails (image/limits.json)."""
@@ -38,19 +42,27 @@ class Layout:
     mirror: str = ""
     keys: Path = REPOSITORY / "build/keys"
     release: bool = False
+    epoch: int = 1
+    minimum_source: str = vmm.VERSION
 
     @classmethod
     def from_environment(cls) -> Layout:
-        """Read MIRROR, VERSION, KEYS and RELEASE.
+        """Read MIRROR, VERSION, EPOCH, KEYS and RELEASE.
 
         Raises: UserError when one of them cannot be used, naming it.
         """
         version = os.environ.get("VERSION", "") or vmm.VERSION
         if not all(part.isdigit() for part in version.split(".")) or version.count(".") != 2:
             die(f"VERSION is {version!r}, which is not three numbers", hint="for example VERSION=1.4.0")
+        stated = json.loads((REPOSITORY / "image/release.json").read_text())
+        epoch = os.environ.get("EPOCH", "") or str(stated["epoch"])
+        if not epoch.isdigit() or not 0 < int(epoch) <= MAX_EPOCH:
+            die(f"EPOCH is {epoch!r}, which is not a number from 1 to {MAX_EPOCH}")
         keys = Path(os.environ.get("KEYS", "") or REPOSITORY / "build/keys").absolute()
         return cls(
             version=version,
+            epoch=int(epoch),
+            minimum_source=stated["minimum_source"],
             mirror=os.environ.get("MIRROR", "").rstrip("/"),
             keys=keys,
             release=os.environ.get("RELEASE", "") == "1",
@@ -95,6 +107,11 @@ class Layout:
     def manifest(self) -> Path:
         """What was built: version, root hash, predicted PCR 11, sizes."""
         return self.image / "manifest.json"
+
+    @property
+    def release_folder(self) -> Path:
+        """What `holdfast-release publish` takes: the slot's parts, the UKI and the manifest."""
+        return self.image / "release"
 
     @cached_property
     def limits(self) -> Limits:

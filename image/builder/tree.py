@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from image.builder.host import say
 from image.builder.layout import SOURCE_DATE_EPOCH, Layout
+from image.builder.probe import build_probe_disk
 from vmm.process import CommandFailed, run
 
 
@@ -19,6 +21,14 @@ def make_tree(layout: Layout) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     options = (f"--cache-directory={cache}", f"--image-version={layout.version}")
     run_mkosi(layout, layout.repository, layout.mkosi_output, *options)
+    share = layout.root / "usr/share/holdfast"
+    # The guest by which a host that starts a new system for the first time shows that it can run guests.
+    build_probe_disk(share / "probe.raw")
+    # Whom the updater believes; everything else that it reads has to follow from this file.
+    shutil.copyfile(layout.keys / "root.json", share / "root.json")
+    # In the UKI too, as .osrel: so the epoch of an installed system can be read without starting it.
+    with (layout.root / "usr/lib/os-release").open("a") as release:
+        release.write(f"HOLDFAST_EPOCH={layout.epoch}\n")
 
 
 def run_mkosi(layout: Layout, definition: Path, output: Path, *options: str) -> None:

@@ -1,1 +1,1 @@
-"""Small test guests that boot inside a host: a Linux with a shell, and a bare UEFI probe."""
+"""The test guest that boots inside a host: a small Linux with a shell."""

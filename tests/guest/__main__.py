@@ -1,4 +1,4 @@
-"""``python3 -m tests.guest OUTDIR``: write linux.raw and probe.raw into OUTDIR."""
+"""``python3 -m tests.guest OUTDIR``: write linux.raw into OUTDIR."""
 
 from __future__ import annotations
 
@@ -6,21 +6,19 @@ import argparse
 from pathlib import Path
 
 from tests.guest.linux import GuestSources, build_linux_disk
-from tests.guest.probe import build_probe_disk
 from vmm.errors import main
 
 
 def entry() -> int:
-    """Build both guests as the command line asks. Raises: UserError."""
+    """Build the guest as the command line asks. Raises: UserError."""
     defaults = GuestSources()
-    parser = argparse.ArgumentParser(prog="python3 -m tests.guest", description="Build the test guests' disk images.")
-    parser.add_argument("directory", type=Path, help="where linux.raw and probe.raw go")
+    parser = argparse.ArgumentParser(prog="python3 -m tests.guest", description="Build the test guest's disk image.")
+    parser.add_argument("directory", type=Path, help="where linux.raw goes")
     parser.add_argument("--kernel", type=Path, default=defaults.kernel, help="kernel image (default: %(default)s)")
     parser.add_argument("--root", type=Path, default=defaults.root, help="tree with its modules (default: %(default)s)")
     parser.add_argument("--busybox", type=Path, default=defaults.busybox, help="static busybox (default: %(default)s)")
     options = parser.parse_args()
     options.directory.mkdir(parents=True, exist_ok=True)
-    build_probe_disk(options.directory / "probe.raw")
     sources = GuestSources(kernel=options.kernel, root=options.root, busybox=options.busybox)
     build_linux_disk(options.directory / "linux.raw", sources)
     return 0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tests.guest.disk import make_efi_disk
+from image.builder.efidisk import make_efi_disk
 from tests.guest.initrd import build_initrd
 from vmm.errors import UserError
 from vmm.process import run

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tests.guest.probe import PROBE_READY, build_probe_disk
+from image.builder.probe import PROBE_READY, build_probe_disk
 from tests.harness import firmware
 from vmm.process import run
 

@@ -8,7 +8,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.guest.disk import FatPartition, find_esp
+from image.builder.efidisk import FatPartition, find_esp
 from vmm.errors import UserError
 from vmm.process import run
 

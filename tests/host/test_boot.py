@@ -11,7 +11,7 @@ from tests.harness.api import Api
 from tests.harness.host import Host
 
 MANIFEST = Path("build/image/manifest.json")
-SERVICES = ("holdfast-api", "holdfast-audit", "holdfast-core", "holdfast-console@tty1", "holdfast-import@x")
+SERVICES = ("holdfast-api", "holdfast-audit", "holdfast-core", "holdfast-console", "holdfast-import@x")
 
 
 @pytest.mark.sfr("FPT_ML_EXT.1")

@@ -31,6 +31,15 @@ CALLS: list[tuple[str, str, Any, str, dict[str, Any], int]] = [
     ("POST", "/v1/machines/m1/force-off", None, "machine.force-off", {"name": "m1"}, 200),
     ("GET", "/v1/audit?after=5&limit=10", None, "audit.read", {"after": 5, "limit": 10}, 200),
     ("POST", "/v1/recovery-keys/fetch", None, "recovery.fetch", {}, 200),
+    ("GET", "/v1/update", None, "update.status", {}, 200),
+    ("GET", "/v1/update/history", None, "update.history", {}, 200),
+    ("POST", "/v1/update/check", {"source": "bundle"}, "update.check", {"source": "bundle"}, 202),
+    ("POST", "/v1/update/download", {"version": "1.2.0"}, "update.download", {"version": "1.2.0"}, 202),
+    ("POST", "/v1/update/apply", None, "update.apply", {}, 202),
+    ("POST", "/v1/update/cancel", None, "update.cancel", {}, 200),
+    ("POST", "/v1/update/rollback", None, "update.rollback", {}, 202),
+    ("POST", "/v1/host/reboot", None, "host.reboot", {}, 202),
+    ("POST", "/v1/host/shutdown", None, "host.shutdown", {}, 202),
 ]
 
 

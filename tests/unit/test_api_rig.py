@@ -150,7 +150,12 @@ async def rig(directory: Path, *administrators: Identity) -> AsyncIterator[Rig]:
         return await handler(request, channel) if handler else {"method": request.method}
 
     settings = Settings(
-        directory / "config.json", directory / "api", directory / "core.sock", directory / "audit.sock", port=0
+        config=directory / "config.json",
+        config_error=directory / "config-error.json",
+        state=directory / "api",
+        core=directory / "core.sock",
+        audit=directory / "audit.sock",
+        port=0,
     )
     servers = [await wire.serve(settings.audit, audit), await wire.serve(settings.core, core)]
     daemon = await Daemon.start(settings, check=lambda _: None)

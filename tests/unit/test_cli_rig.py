@@ -62,6 +62,8 @@ class FakeApi:
     fingerprint: str = ""
     seen: list[Seen] = field(default_factory=list)
     answers: dict[str, tuple[int, Any]] = field(default_factory=dict)
+    # Answers to be had one after the other, by "GET /v1/version".
+    turns: dict[str, list[Any]] = field(default_factory=dict)
     early: set[str] = field(default_factory=set)
     records: list[bytes] = field(default_factory=list)
     typed: bytes = b""
@@ -91,6 +93,8 @@ class FakeApi:
             following = json.loads(page[-1])["seq"] if page and page[-1] != self.records[-1] else None
             text = b'{"records":[%s],"next":%s}' % (b",".join(page), json.dumps(following).encode())
             return web.Response(body=text, content_type="application/json")
+        if turns := self.turns.get(f"{request.method} {path}"):
+            return web.json_response(turns.pop(0))
         status, content = self.answers.get(path, (404, "no such thing"))
         if status >= 400:
             return self._problem(status, content)

@@ -128,3 +128,31 @@ def test_show_explains_what_is_not_there(tmp_path: Path) -> None:
     image.write_bytes(b"nothing")
     with pytest.raises(UserError, match="no usable partition table"):
         holdfast("seed", "show", str(image))
+
+
+def test_create_takes_where_updates_come_from(tmp_path: Path) -> None:
+    pem, ca, out = tmp_path / "alice.pem", tmp_path / "ca.pem", tmp_path / "out.json"
+    pem.write_text(certificate("alice"))
+    ca.write_text(certificate("ca"))
+    good = ["seed", "create", "--hostname", "hf1", "--management", "enp0s2=dhcp", "--admin", f"a={pem}"]
+    good += ["--out", str(out)]
+    holdfast(*good)
+    assert load.load(out).update is None
+    with pytest.raises(UserError, match="--update-repository is missing"):
+        holdfast(*good, "--update-automatic")
+    good += ["--update-repository", "https://updates.example.org/"]
+    holdfast(*good)
+    update = load.load(out).update
+    assert update is not None and (update.channel, update.automatic, update.ca) == ("stable", False, None)
+    holdfast(
+        *(*good, "--update-channel", "early", "--update-ca", str(ca), "--update-proxy", "http://192.0.2.5:3128"),
+        *("--update-automatic", "--update-interval", "12", "--update-window", "01:00-05:00"),
+    )
+    update = load.load(out).update
+    assert update is not None and update.ca == certificate("ca") and update.proxy == "http://192.0.2.5:3128"
+    assert (update.channel, update.automatic) == ("early", True)
+    assert (update.interval_hours, update.window) == (12, "01:00-05:00")
+    with pytest.raises(UserError, match=r"update\.window: "):
+        holdfast(*good, "--update-window", "soon")
+    with pytest.raises(UserError, match=r"nothing\.pem: No such file"):
+        holdfast(*good, "--update-ca", str(tmp_path / "nothing.pem"))

@@ -157,3 +157,63 @@ def test_ipv6_with_a_link_local_gateway_is_accepted() -> None:
         encoded(management__address="2001:db8::5/64", management__gateway="fe80::1", management__dns=[])
     )
     assert config.management.gateway == "fe80::1"
+
+
+UPDATE = {"repository": "https://updates.example.org/holdfast"}
+
+
+def test_updates_are_optional_and_have_defaults() -> None:
+    assert load.decode(encoded()).update is None
+    assert load.decode(encoded(update=None)).update is None
+    update = load.decode(encoded(update=UPDATE)).update
+    assert update is not None
+    assert (update.channel, update.automatic, update.interval_hours, update.minutes) == ("stable", False, 6, None)
+    whole = {
+        "repository": "https://[2001:db8::1]:8443/r/",
+        "channel": "early-1",
+        "ca": certificate("ca") + certificate("other"),
+        "proxy": "http://192.0.2.5:3128",
+        "automatic": True,
+        "interval_hours": 168,
+        "window": "23:30-04:00",
+    }
+    config = load.decode(encoded(update=whole))
+    assert config.update is not None and config.update.minutes == (1410, 240)
+    assert load.decode(load.encode(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"repository": 1}, "update.repository: expected str"),
+        ({"url": "x"}, "update.url: is not a known field"),
+        ({"repository": "http://example.org"}, "update.repository: not an https URL: 'http://example.org'"),
+        ({"repository": "https://"}, "update.repository: not an https URL"),
+        ({"repository": "https://a b/"}, "update.repository: not an https URL"),
+        ({"repository": "https://a\n"}, "update.repository: not an https URL"),
+        ({"repository": "https://a:99999/"}, "update.repository: not an https URL"),
+        ({"repository": "https://[::1/"}, "update.repository: not an https URL"),
+        ({"repository": "https://-a-/"}, "update.repository: not an https URL"),
+        ({"repository": "https://a/" + "x" * 1024}, "update.repository: not an https URL"),
+        ({"repository": "https://u:p@a/"}, "update.repository: holds a user or password"),
+        ({"repository": "https://a/?x"}, "update.repository: ends in a query or fragment"),
+        ({"channel": "Stable"}, "update.channel: "),
+        ({"channel": ""}, "update.channel: "),
+        ({"ca": ""}, "update.ca: not certificates in PEM form"),
+        ({"ca": key_and_certificate("k")[0]}, "update.ca: contains a private key"),
+        ({"proxy": "https://p:1"}, "update.proxy: not an http URL"),
+        ({"proxy": "http://p:1/x"}, "update.proxy: more than scheme, host and port"),
+        ({"proxy": "http://u@p"}, "update.proxy: holds a user or password"),
+        ({"automatic": 1}, "update.automatic: expected bool"),
+        ({"interval_hours": 0}, "update.interval_hours: 0 is not between 1 and 168"),
+        ({"interval_hours": 169}, "update.interval_hours: 169 is not"),
+        ({"window": "1:00-2:00"}, "update.window: not two times of a day"),
+        ({"window": "24:00-01:00"}, "update.window: not two times of a day"),
+        ({"window": "01:00-02:00\n"}, "update.window: not two times of a day"),
+        ({"window": "01:00-01:00"}, "update.window: begins and ends at 01:00"),
+    ],
+)
+def test_what_is_wrong_with_updates_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(load.ConfigurationError) as caught:
+        load.decode(encoded(update=UPDATE | changes))
+    assert caught.value.message.startswith(message)

@@ -130,7 +130,7 @@ def test_it_draws_only_when_something_changed(tree: HostTree) -> None:
                 raise Stop
 
     with pytest.raises(Stop):
-        program.keep_drawing(writer, sleep)
+        program.keep_drawing([program.Terminal(writer)], sleep)
     os.close(writer)
     with open(reader, "rb") as drawn:
         text = drawn.read().decode()
@@ -146,5 +146,29 @@ def test_a_screen_is_cleared_and_a_line_is_not(tree: HostTree) -> None:
     assert not program.is_screen(terminal)
     os.close(controller)
     with pytest.raises(OSError):
-        program.keep_drawing(terminal, lambda _: None)
+        program.keep_drawing([program.Terminal(terminal)], lambda _: None)
     assert paths.RUN.is_relative_to(tree.root)
+
+
+def test_a_terminal_that_does_not_read_holds_up_nobody(tree: HostTree) -> None:
+    _stuck_reader, stuck = os.pipe()
+    reader, writer = os.pipe()
+    os.set_blocking(stuck, False)
+    with pytest.raises(BlockingIOError):
+        while True:
+            os.write(stuck, b"x" * 4096)
+    terminals = [program.Terminal(stuck), program.Terminal(writer)]
+    with pytest.raises(Stop):
+        program.keep_drawing(terminals, stop_at_once)
+    assert b"no login here" in os.read(reader, 1 << 16)
+
+
+def stop_at_once(_seconds: float) -> None:
+    raise Stop
+
+
+def test_terminals_are_those_that_systemd_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LISTEN_FDS", "2")
+    assert program.passed_terminals() == []
+    monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
+    assert program.passed_terminals() == [3, 4]

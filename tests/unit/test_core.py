@@ -3,76 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from tests.unit.test_core_rig import ROLES, FakeAudit, Rig, configuration, fingerprint
+from tests.unit.test_core_rig import ROLES, Core, configuration, fingerprint, running
 from vmm import wire
-from vmm.audit.client import AuditClient
-from vmm.core.configuration import AppliedConfiguration
-from vmm.core.dispatch import Dispatcher
-from vmm.core.health import Health, judge
-from vmm.core.methods import Handlers
 from vmm.core.permissions import MATRIX, Permissions
-from vmm.core.recovery import Recovery
 from vmm.errors import Conflict, Forbidden, NotFound, Unavailable, UserError
 from vmm.volumes.types import MIB
-
-
-class Core:
-    """A running core, called as the API calls it."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.rig = Rig(directory)
-        self.audit = FakeAudit()
-        self.socket = directory / "core.sock"
-        self.configuration = directory / "config.json"
-        self.configuration.write_bytes(msgspec.json.encode(configuration()))
-        (directory / "recovery").mkdir()
-        applied = AppliedConfiguration(self.configuration)
-        audit = AuditClient(directory / "audit.sock")
-        self.handlers = Handlers(
-            applied, self.rig.volumes, self.rig.machines, audit, self._health, Recovery(directory / "recovery")
-        )
-        self.dispatcher = Dispatcher(
-            self.handlers.table(), Permissions(), applied, audit, self.handlers.identify, frozenset({os.geteuid()})
-        )
-
-    async def call(self, method: str, role: str = "admin", **args: Any) -> Any:
-        return await wire.call(self.socket, method, self.params(role, args))
-
-    async def open(self, method: str, role: str = "admin", **args: Any) -> wire.Channel:
-        return await wire.open_call(self.socket, method, self.params(role, args))
-
-    def params(self, role: str, args: dict[str, Any]) -> dict[str, Any]:
-        caller = {"fingerprint": fingerprint(role), "subject": "CN=x", "origin": "192.0.2.9:4711", "request_id": "r1"}
-        return {"caller": caller, "args": args}
-
-    async def _health(self) -> Health:
-        return judge({"everything": (True, "fine")})
-
-
-@asynccontextmanager
-async def running(directory: Path) -> AsyncIterator[Core]:
-    core = Core(directory)
-    await core.rig.recover()
-    servers = [
-        await wire.serve(directory / "audit.sock", core.audit.handle),
-        await wire.serve(core.socket, core.dispatcher.handle),
-    ]
-    try:
-        yield core
-    finally:
-        for server in servers:
-            server.close()
-        core.rig.database.close()
 
 
 @pytest.fixture
@@ -83,7 +25,7 @@ def core(tmp_path: Path) -> Iterator[Core]:
 
 
 def test_matrix_and_methods_name_each_other(core: Core) -> None:
-    assert Permissions().methods == set(core.handlers.table())
+    assert Permissions().methods == set(core.methods)
 
 
 def test_a_method_that_the_matrix_lacks_is_refused(tmp_path: Path) -> None:
@@ -102,7 +44,7 @@ def test_every_method_obeys_the_matrix(tmp_path: Path, role: str) -> None:
 
     async def call_all() -> None:
         async with running(tmp_path) as core:
-            for method in core.handlers.table():
+            for method in core.methods:
                 with pytest.raises(UserError) as refused:
                     await core.call(method, role, nonsense=1)
                 if role in allowed[method]:
@@ -277,9 +219,10 @@ def test_console(tmp_path: Path, end: str) -> None:
             if end != "client-lost":
                 assert await channel.result() == {}
             await channel.close()
-            while core.audit.said()[-1][:2] != ("machine.console", "outcome"):
-                await asyncio.sleep(0.01)
-            assert core.audit.entries[-1].outcome == "success" and core.rig.hypervisor.consoles[-1].closed
+            async with asyncio.timeout(5):
+                while ("machine.console", "outcome", "success") not in core.audit.said():
+                    await asyncio.sleep(0.01)
+            assert core.rig.hypervisor.consoles[-1].closed
 
     asyncio.run(attach())
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -13,15 +17,26 @@ from xml.etree import ElementTree
 import msgspec
 
 from vmm import wire
-from vmm.audit.client import Entry
+from vmm.audit.client import AuditClient, Entry
 from vmm.config.types import Administrator, Configuration, Management, Operational
+from vmm.core.configuration import AppliedConfiguration
 from vmm.core.db import Database
-from vmm.errors import Conflict, NotFound, Unavailable
+from vmm.core.dispatch import Dispatcher
+from vmm.core.guests import Guests
+from vmm.core.health import Health, judge
+from vmm.core.host_methods import HostHandlers
+from vmm.core.methods import Handlers
+from vmm.core.permissions import Permissions
+from vmm.core.recovery import Recovery
+from vmm.core.updates import UpdateClient
+from vmm.errors import Conflict, NotFound, Unavailable, UserError
 from vmm.hypervisor.domain import NAMESPACE
 from vmm.hypervisor.types import Domain, Listener, State
 from vmm.machines.host import Host
 from vmm.machines.nvram import Nvram
+from vmm.machines.probe import Probe
 from vmm.machines.service import Machines
+from vmm.update.types import Status
 from vmm.volumes.service import Volumes
 from vmm.volumes.types import MIB
 
@@ -44,12 +59,15 @@ class FakeConsole:
     async def close(self) -> None:
         self.closed = True
 
+    def say(self, data: bytes) -> None:
+        self._queue.put_nowait(data)
+
     def end(self) -> None:
-        self._queue.put_nowait(b"")
+        self.say(b"")
 
 
 class FakeHypervisor:
-    """Keeps domains in memory; ``polite`` guests obey the power button."""
+    """Keeps domains in memory; ``polite`` guests obey the power button. ``output`` is what paused ones say, resumed."""
 
     def __init__(self) -> None:
         self.domains: dict[UUID, Domain] = {}
@@ -57,6 +75,7 @@ class FakeHypervisor:
         self.consoles: list[FakeConsole] = []
         self.connected = True
         self.polite = True
+        self.output: list[bytes] = []
         self.delay = 0.0
         self.most_at_once = self._at_once = 0
         self._listeners: list[Listener] = []
@@ -69,7 +88,7 @@ class FakeHypervisor:
         for listener in self._listeners:
             listener(None, State.RUNNING)
 
-    async def start(self, xml: str) -> None:
+    async def start(self, xml: str, *, paused: bool = False) -> None:
         self._check()
         self._at_once += 1
         self.most_at_once = max(self.most_at_once, self._at_once)
@@ -82,9 +101,15 @@ class FakeHypervisor:
         if id in self.domains:
             raise Conflict("libvirt refuses: it runs")
         self.documents.append(xml)
+        state = State.PAUSED if paused else State.RUNNING
         self.domains[id] = Domain(
-            id, root.findtext("name") or "", State.RUNNING, element.get("spec-sha256"), int(element.get("uid") or 0)
+            id, root.findtext("name") or "", state, element.get("spec-sha256"), int(element.get("uid") or 0)
         )
+
+    async def resume(self, uuid: UUID) -> None:
+        self.domains[uuid] = replace(self._get(uuid), state=State.RUNNING)
+        for data in self.output:
+            self.consoles[-1].say(data)
 
     async def shutdown(self, uuid: UUID) -> None:
         self._get(uuid)
@@ -149,10 +174,31 @@ class FakeAudit:
         return [(entry.type, entry.phase, entry.outcome) for entry in self.entries]
 
 
+class FakeUpdater:
+    """An updater that remembers calls and answers with ``status``; ``refusals`` are the answers of some methods."""
+
+    def __init__(self) -> None:
+        self.status = Status("1.0.0", 1, 1, "tpm", "idle")
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.refusals: dict[str, UserError] = {}
+        self.delays: dict[str, float] = {}
+        self.bundle = b""
+
+    async def handle(self, request: wire.Request, channel: wire.Channel) -> Any:
+        self.calls.append((request.method, request.params))
+        if request.method in self.refusals:
+            raise self.refusals[request.method]
+        if request.method == "import":
+            self.bundle = b"".join([chunk async for chunk in channel.data()])
+        await asyncio.sleep(self.delays.get(request.method, 0))
+        return {"events": [{"version": "1.0.0"}]} if request.method == "history" else self.status
+
+
 def make_host(root: Path, *, memory: int = 4096 * MIB) -> Host:
     """A host with hardware virtualisation; ``memory`` is MemTotal."""
     for path, text in (
         ("proc/meminfo", f"MemTotal: {memory // 1024} kB\nMemFree: 1 kB\n"),
+        ("proc/sys/kernel/random/boot_id", "first\n"),
         ("dev/kvm", ""),
         ("sys/module/kvm_amd/parameters/npt", "Y\n"),
     ):
@@ -206,3 +252,65 @@ class Rig:
 
 async def _no_importer(source: int, target: int, format: Any, size: int) -> int:
     raise Unavailable("no image converter here")
+
+
+class Core:
+    """A running core, called as the API calls it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.rig = Rig(directory)
+        self.audit = FakeAudit()
+        self.socket = directory / "core.sock"
+        self.configuration = directory / "config.json"
+        self.configuration.write_bytes(msgspec.json.encode(configuration()))
+        (directory / "recovery").mkdir()
+        applied = AppliedConfiguration(self.configuration)
+        audit = AuditClient(directory / "audit.sock")
+        self.handlers = Handlers(
+            applied, self.rig.volumes, self.rig.machines, audit, self._health, Recovery(directory / "recovery")
+        )
+        self.updater = FakeUpdater()
+        updater = UpdateClient(directory / "update.sock", prompt=0.1)
+        self.guests = Guests(self.rig.machines, self.rig.hypervisor, audit, waits=(0, 0.01, 0.01), look=0.01)
+        (directory / "probe.raw").write_bytes(b"the probe")
+        probe = Probe(
+            *(self.rig.database, self.rig.hypervisor, self.rig.host, self.rig.nvram, self.rig.machines),
+            *(directory / "probe", directory / "probe.raw"),
+        )
+        self.methods = self.handlers.table() | HostHandlers(updater, self.guests, probe).table()
+        self.dispatcher = Dispatcher(
+            self.methods, Permissions(), applied, audit, self.handlers.identify, frozenset({0, os.geteuid()})
+        )
+
+    async def call(self, method: str, role: str = "admin", **args: Any) -> Any:
+        return await wire.call(self.socket, method, self.params(role, args))
+
+    async def open(self, method: str, role: str = "admin", **args: Any) -> wire.Channel:
+        return await wire.open_call(self.socket, method, self.params(role, args))
+
+    def params(self, role: str, args: dict[str, Any]) -> dict[str, Any]:
+        caller = {"fingerprint": fingerprint(role), "subject": "CN=x", "origin": "192.0.2.9:4711", "request_id": "r1"}
+        return {"caller": caller, "args": args}
+
+    async def _health(self) -> Health:
+        return judge({"everything": (True, "fine")})
+
+
+@asynccontextmanager
+async def running(directory: Path) -> AsyncIterator[Core]:
+    core = Core(directory)
+    await core.rig.recover()
+    servers = [
+        await wire.serve(directory / "audit.sock", core.audit.handle),
+        await wire.serve(core.socket, core.dispatcher.handle),
+        await wire.serve(directory / "update.sock", core.updater.handle),
+    ]
+    try:
+        yield core
+    finally:
+        for server in servers:
+            server.close()
+        await core.guests.close()
+        await core.rig.machines.close()
+        core.rig.database.close()

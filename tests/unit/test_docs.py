@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from signing import cli as release_cli
 from signing.keys import open_keys
 from vmm.cli.main import build_parser
 from vmm.process import run
@@ -78,11 +79,12 @@ def test_readme_names_the_two_commands() -> None:
     assert "make test" in (REPOSITORY / ".ci/run").read_text()
 
 
-def test_holdfast_commands_parse(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("program", ["holdfast", "holdfast-release"])
+def test_holdfast_commands_parse(page: Path, program: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Every `holdfast …` is accepted by the command line's own parser; a mere name of a command must be one."""
-    parser = build_parser()
+    parser = {"holdfast": build_parser, "holdfast-release": release_cli.build_parser}[program]()
     for words in commands(page):
-        if words[0] != "holdfast" or not words[1:]:
+        if words[0] != program or not words[1:]:
             continue
         try:
             parser.parse_args(words[1:])
@@ -151,11 +153,14 @@ def test_health_table_names_every_check() -> None:
     assert explained == {*platform, *daemon}
 
 
-def test_key_ceremony_makes_a_release_set(tmp_path: Path) -> None:
+def test_key_ceremony_makes_a_release_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The commands of docs/key-ceremony.md, run as they stand, make a key set that a release build takes."""
     text = (REPOSITORY / "docs/key-ceremony.md").read_text()
     script = next(block for language, block in _FENCE.findall(text) if language == "sh" and "openssl req" in block)
     run(["bash", "-eu", "-c", script], cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    page = REPOSITORY / "docs/key-ceremony.md"
+    release_cli.run(next(words[1:] for words in commands(page) if words[:2] == ["holdfast-release", "root"]))
     keys = open_keys(tmp_path / "release-keys", release=True)
     assert keys.owner
     assert not keys.key("test").exists()

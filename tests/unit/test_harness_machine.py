@@ -12,7 +12,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from tests.guest.disk import find_esp, make_efi_disk
+from image.builder.efidisk import find_esp, make_efi_disk
 from tests.harness import accel
 from tests.harness.checkpoint import key
 from tests.harness.diskserver import DiskServer

@@ -313,5 +313,5 @@ def test_the_database_keeps_its_rules(database: Database) -> None:
 def test_a_newer_database_is_not_touched(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "core.db") as connection:
         connection.execute("PRAGMA user_version = 99")
-    with pytest.raises(UserError, match="version 99, this release knows 1"):
+    with pytest.raises(UserError, match="version 99, this release knows 2"):
         Database(tmp_path / "core.db")

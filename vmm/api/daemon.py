@@ -6,6 +6,7 @@ import asyncio
 import signal
 import ssl
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,11 @@ from vmm.audit.client import AuditClient
 from vmm.config.types import Configuration
 from vmm.errors import UserError, die
 from vmm.notify import notify
-from vmm.paths import API_STATE, APPLIED_CONFIG, AUDIT_SOCKET, CORE_SOCKET
+from vmm.paths import API_STATE, APPLIED_CONFIG, AUDIT_SOCKET, CONFIG_ERROR, CORE_SOCKET
 
 PORT = 8443
 _STOP_TIME = 5.0
+_LOOK_S = 0.05
 
 Check = Callable[[ssl.SSLContext], None]
 
@@ -35,6 +37,7 @@ class Settings:
     """Where the daemon finds its neighbours and keeps its key; ``port`` 0 takes any free one."""
 
     config: Path = APPLIED_CONFIG
+    config_error: Path = CONFIG_ERROR
     state: Path = API_STATE
     core: Path = CORE_SOCKET
     audit: Path = AUDIT_SOCKET
@@ -124,6 +127,21 @@ async def serve(settings: Settings) -> None:
     await daemon.stop()
 
 
+def await_configuration(settings: Settings, look: Callable[[float], None] = time.sleep) -> bool:
+    """Wait until the configure unit is done; whether it has applied a configuration."""
+    while not settings.config.exists():
+        if settings.config_error.exists():
+            # A stored configuration may be applied in spite of an error; the error is then written after it.
+            return settings.config.exists()
+        look(_LOOK_S)
+    return True
+
+
 def run() -> None:
-    """The program ``python3 -m vmm.api``."""
-    asyncio.run(serve(Settings()))
+    """The program ``python3 -m vmm.api``. Without a configuration it ends, for there is nobody to serve."""
+    settings = Settings()
+    if await_configuration(settings):
+        asyncio.run(serve(settings))
+    else:
+        print("api: no configuration is applied; the host's console says why", flush=True)
+        notify()

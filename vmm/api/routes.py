@@ -46,4 +46,16 @@ ROUTES = (
     Route("GET", "/v1/machines/{name}/console", "machine.console", 101, kind="console"),
     Route("GET", "/v1/audit", "audit.read", query={"after": int, "limit": int}),
     Route("POST", "/v1/recovery-keys/fetch", "recovery.fetch"),
+    # 202: the answer comes while the job runs; GET /v1/update tells how far it is.
+    Route("GET", "/v1/update", "update.status"),
+    Route("GET", "/v1/update/history", "update.history"),
+    Route("POST", "/v1/update/check", "update.check", 202, body=True),
+    Route("POST", "/v1/update/download", "update.download", 202, body=True),
+    Route("POST", "/v1/update/apply", "update.apply", 202),
+    Route("POST", "/v1/update/cancel", "update.cancel"),
+    Route("POST", "/v1/update/rollback", "update.rollback", 202),
+    Route("PUT", "/v1/update/bundle", "update.import", kind="upload"),
+    # 202: the guests have stopped, the host is about to.
+    Route("POST", "/v1/host/reboot", "host.reboot", 202),
+    Route("POST", "/v1/host/shutdown", "host.shutdown", 202),
 )

@@ -13,6 +13,8 @@ from vmm.audit.records import Actor, Entry, Object
 from vmm.errors import Unavailable, UserError
 from vmm.paths import AUDIT_SOCKET
 
+_LOOK_S = 0.05
+
 __all__ = ["Actor", "AuditClient", "Entry", "Object"]
 
 
@@ -40,6 +42,23 @@ class AuditClient:
     def append_sync(self, entry: Entry) -> int:
         """The same for programs without an event loop. Raises: Unavailable."""
         return asyncio.run(self.append(entry))
+
+    def wait_sync(self, seconds: float) -> bool:
+        """Wait until the daemon answers, for services that start beside it; whether it did in time."""
+        return asyncio.run(self._wait(seconds))
+
+    async def _wait(self, seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(seconds):
+                while True:
+                    try:
+                        await self.health()
+                    except Unavailable:
+                        await asyncio.sleep(_LOOK_S)
+                    else:
+                        return True
+        except TimeoutError:
+            return False
 
     async def read(self, after: int, limit: int) -> dict[str, Any]:
         """Read up to ``limit`` records with sequence numbers above ``after``.

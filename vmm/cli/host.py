@@ -10,7 +10,7 @@ import msgspec
 from vmm.cli.client import Api
 from vmm.cli.command import Commands, add, group, remotely
 from vmm.cli.output import print_fields, print_json, print_table
-from vmm.config.types import Configuration
+from vmm.config.types import Configuration, Update
 
 
 class _Version(msgspec.Struct, frozen=True):
@@ -84,9 +84,22 @@ async def _config(api: Api, args: argparse.Namespace) -> None:
             ("Operational", ", ".join(f"{n.name} on {n.interface}" for n in config.operational) or "none"),
             ("Administrators", ", ".join(f"{a.name} ({a.role})" for a in config.administrators)),
             ("Time servers", ", ".join(config.time_servers) or "none"),
+            ("Updates", _updates(config.update)),
             ("Banner", config.banner),
         ]
     )
+
+
+def _updates(update: Update | None) -> str:
+    if update is None:
+        return "none"
+    how = f"{update.repository}, channel {update.channel}"
+    if update.proxy is not None:
+        how += f", through {update.proxy}"
+    if update.ca is not None:
+        how += ", own authorities"
+    how += f", automatic every {update.interval_hours} h" if update.automatic else ", on request"
+    return how + (f", window {update.window} UTC" if update.window is not None else "")
 
 
 async def _fetch(api: Api, args: argparse.Namespace) -> None:

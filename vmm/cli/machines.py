@@ -12,6 +12,7 @@ from vmm.cli.command import Commands, add, group, remotely
 from vmm.cli.output import human_size, parse_size, print_fields, print_json, print_table
 
 _STOP_TIMEOUT_S = 60
+_HOST_STOP_TIMEOUT_S = 120
 
 
 class _Disk(msgspec.Struct, frozen=True):
@@ -34,6 +35,7 @@ class Machine(msgspec.Struct, frozen=True):
     networks: tuple[_Interface, ...] = ()
     description: str = ""
     created: str = ""
+    stop_timeout: int = _HOST_STOP_TIMEOUT_S
 
 
 def register(commands: Commands) -> None:
@@ -50,6 +52,12 @@ def register(commands: Commands) -> None:
         "--network", action="append", default=[], metavar="NAME", help="operational network; may be repeated"
     )
     parser.add_argument("--description", default="", metavar="TEXT")
+    parser.add_argument(
+        "--stop-timeout",
+        type=int,
+        metavar="SECONDS",
+        help=f"to shut down when the host stops, before it is switched off (default: {_HOST_STOP_TIMEOUT_S})",
+    )
     add(verbs, "list", "list the virtual machines", remotely(_list))
     add(verbs, "show", "show a virtual machine", remotely(_show)).add_argument("name")
     add(verbs, "start", "start a virtual machine", remotely(_start)).add_argument("name")
@@ -84,6 +92,8 @@ async def _create(api: Api, args: argparse.Namespace) -> None:
         "networks": [{"network": network} for network in args.network],
         "description": args.description,
     }
+    if args.stop_timeout is not None:
+        spec["stop_timeout"] = args.stop_timeout
     _print(await api.request("POST", "/v1/machines", body=spec), args)
 
 
@@ -146,6 +156,7 @@ def _print(raw: bytes, args: argparse.Namespace) -> None:
             ("Memory", human_size(machine.memory)),
             ("Disks", ", ".join(disk.volume for disk in machine.disks) or "none"),
             ("Networks", ", ".join(interface.network for interface in machine.networks) or "none"),
+            ("Host stops", f"{machine.stop_timeout} s to shut down, started again after"),
             ("Created", machine.created or "-"),
             ("Description", machine.description or "-"),
         ]

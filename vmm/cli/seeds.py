@@ -12,7 +12,7 @@ from vmm.cli.command import Commands, add, group
 from vmm.cli.output import clean, print_json
 from vmm.config import atomic, gpt, load, seed
 from vmm.config.certificates import check_certificate
-from vmm.config.types import Administrator, Configuration, Management, Operational, Role
+from vmm.config.types import Administrator, Configuration, Management, Operational, Role, Update
 from vmm.errors import NotFound, UserError
 
 _TYPE = uuid.UUID(seed.PARTITION_TYPE)
@@ -49,6 +49,7 @@ def register(commands: Commands) -> None:
     parser.add_argument(
         "--banner", default="Authorised use only.", help="shown before every session (default: %(default)s)"
     )
+    _add_update_options(parser)
     parser.add_argument("--out", type=Path, help="file to write (default: standard output)")
     add(verbs, "check", "check a configuration document as the host will", _check).add_argument("file", type=Path)
     parser = add(verbs, "inject", "put a document into an installation image, in place", _inject)
@@ -58,6 +59,37 @@ def register(commands: Commands) -> None:
     parser.add_argument("seed", type=Path, help="the document")
     parser.add_argument("out", type=Path, help="the new image")
     add(verbs, "show", "print the document in an image or on a stick", _show).add_argument("image", type=Path)
+
+
+def _add_update_options(parser: argparse.ArgumentParser) -> None:
+    options = parser.add_argument_group("updates", "without --update-repository they come from files only")
+    options.add_argument("--update-repository", metavar="URL", help="https URL of the releases' TUF repository")
+    options.add_argument("--update-channel", metavar="NAME", help="(default: stable)")
+    options.add_argument("--update-ca", type=Path, metavar="FILE", help="authorities (PEM) of the repository's server")
+    options.add_argument("--update-proxy", metavar="URL", help="as http://192.0.2.5:3128")
+    options.add_argument("--update-automatic", action="store_true", default=None, help="take releases by itself")
+    options.add_argument("--update-interval", type=int, metavar="HOURS", help="between two looks (default: 6)")
+    options.add_argument(
+        "--update-window", metavar="HH:MM-HH:MM", help="UTC; when to write releases, and to restart, by itself"
+    )
+
+
+def _update(args: argparse.Namespace) -> Update | None:
+    """The configuration's section. Raises: UserError when there are options and no repository."""
+    fields = {
+        "channel": args.update_channel,
+        "ca": None if args.update_ca is None else _pem("--update-ca", args.update_ca),
+        "proxy": args.update_proxy,
+        "automatic": args.update_automatic,
+        "interval_hours": args.update_interval,
+        "window": args.update_window,
+    }
+    given = {name: value for name, value in fields.items() if value is not None}
+    if args.update_repository is None:
+        if given:
+            raise UserError("--update-repository is missing", hint="the other --update options need it")
+        return None
+    return Update(args.update_repository, **given)
 
 
 def _create(args: argparse.Namespace) -> None:
@@ -74,6 +106,7 @@ def _create(args: argparse.Namespace) -> None:
         operational=tuple(Operational(*_pair("--operational", text)) for text in args.operational),
         administrators=people,
         time_servers=tuple(args.time_server),
+        update=_update(args),
     )
     document = load.encode(config)
     load.decode(document)
@@ -161,7 +194,11 @@ def _pair(option: str, text: str) -> tuple[str, str]:
 
 def _administrator(option: str, role: Role, text: str) -> Administrator:
     name, path = _pair(option, text)
+    return Administrator(name, role, _pem(option, Path(path)))
+
+
+def _pem(option: str, path: Path) -> str:
     try:
-        return Administrator(name, role, Path(path).expanduser().read_text(encoding="ascii"))
+        return path.expanduser().read_text(encoding="ascii")
     except UnicodeDecodeError:
         raise UserError(f"{option}: {path} is not a PEM file") from None

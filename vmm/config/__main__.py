@@ -8,12 +8,22 @@ import socket
 from vmm import errors
 from vmm.audit.client import AuditClient
 from vmm.config import apply
+from vmm.process import run
+
+
+def _settle() -> None:
+    run(["udevadm", "settle", "--timeout=60"], check=False)
 
 
 def main() -> None:
     """Apply the configuration. A wrong one is no failure of the unit: the host must come up to say so."""
-    moved = "HOLDFAST_ROOT" in os.environ
-    failure = apply.run(AuditClient().append_sync, (lambda name: None) if moved else socket.sethostname)
+    audit = AuditClient()
+    if "HOLDFAST_ROOT" in os.environ:
+        failure = apply.run(audit.append_sync, lambda _name: None)
+    else:
+        # The unit starts early, so that loading this program takes no time of its own; now it needs the others.
+        audit.wait_sync(60)
+        failure = apply.run(audit.append_sync, socket.sethostname, _settle)
     if failure is not None:
         print(f"configuration: {failure.message} (from {failure.source or 'nowhere'})")
 

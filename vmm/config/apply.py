@@ -7,27 +7,36 @@ an audit record and a file that the console screen shows.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import msgspec
 
 from vmm import paths
 from vmm.audit.client import Entry, Object
 from vmm.config import atomic, render, sources
-from vmm.config.interfaces import describe, present, resolve
+from vmm.config.interfaces import describe, is_named, present, resolve
 from vmm.config.load import MAX_DOCUMENT, ConfigurationError, decode, encode
 from vmm.config.types import Configuration, Failure
 from vmm.errors import UserError
 
 STORED = "the stored configuration"
+T = TypeVar("T")
+_PATIENCE_S, _LOOK_S = 30.0, 0.1
 _NETWORK_FILES = ("10-management.network", "20-op-*.netdev", "21-op-*.network", "22-op-*-port.network")
 
 # Writes one audit record durably. Raises: UserError when it cannot.
 Record = Callable[[Entry], object]
 
 
-def run(record: Record, set_hostname: Callable[[str], None]) -> Failure | None:
+def run(
+    record: Record, set_hostname: Callable[[str], None], settle: Callable[[], None] | None = None
+) -> Failure | None:
     """Apply the stored configuration or, where there is none, the first seed.
+
+    ``settle`` waits until udev has worked through what it knows of; without it nothing is waited for. A disk or
+    an interface may still take seconds to answer, so what is looked for and missing is looked for again.
 
     Returns what is wrong, which config-error.json says too; None when all is well. A stored
     configuration is applied as far as the hardware allows; a seed is refused instead, while whoever
@@ -37,7 +46,10 @@ def run(record: Record, set_hostname: Callable[[str], None]) -> Failure | None:
     try:
         is_new = not paths.STORED_CONFIG.exists()
         if is_new:
-            found = sources.find()
+            if settle is not None:
+                # All disks that are there, so that which seed is taken does not depend on who answers first.
+                settle()
+            found = _await(sources.find, waits=settle is not None)
             if found is None:
                 source = ""
                 raise UserError(
@@ -48,6 +60,7 @@ def run(record: Record, set_hostname: Callable[[str], None]) -> Failure | None:
             with paths.STORED_CONFIG.open("rb") as file:
                 document = file.read(MAX_DOCUMENT + 1)
         config = decode(document)
+        _await(lambda: _all_named(config), waits=settle is not None)
         interfaces = present()
         problem = _misfit(config, interfaces, must_exist=is_new)
         rendered = render.files(config, interfaces)
@@ -69,6 +82,22 @@ def run(record: Record, set_hostname: Callable[[str], None]) -> Failure | None:
         return _report(problem, source)
     paths.CONFIG_ERROR.unlink(missing_ok=True)
     return None
+
+
+def _await(look: Callable[[], T], *, waits: bool) -> T:
+    """What ``look`` returns once that is something, or after a while."""
+    deadline = time.monotonic() + _PATIENCE_S
+    while not (found := look()) and waits and time.monotonic() < deadline:
+        time.sleep(_LOOK_S)
+    return found
+
+
+def _all_named(config: Configuration) -> bool:
+    """Whether udev has named every interface of the configuration: true sooner than for all devices that there are."""
+    wanted = [config.management.interface, *(network.interface for network in config.operational)]
+    interfaces = present()
+    names = [resolve(interface, interfaces) for interface in wanted]
+    return all(name is not None and is_named(name) for name in names)
 
 
 def _misfit(config: Configuration, interfaces: Mapping[str, str], *, must_exist: bool) -> UserError | None:

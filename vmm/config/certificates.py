@@ -13,7 +13,21 @@ from vmm.errors import UserError
 
 MIN_RSA_BITS = 3072
 _BEGIN = "-----BEGIN "
+_PRIVATE = "contains a private key"
+_SPENT = "give the certificate only, and make a new key: this one is spent"
 _CURVES = (ec.SECP256R1, ec.SECP384R1)
+
+
+def check_authorities(pem: str) -> None:
+    """Check that a text is one or more certificates in PEM form. Raises: UserError saying what is wrong."""
+    if "PRIVATE KEY-----" in pem:
+        raise UserError(_PRIVATE, hint=_SPENT)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            x509.load_pem_x509_certificates(pem.encode())
+    except (ValueError, UnsupportedAlgorithm):
+        raise UserError("not certificates in PEM form that can be read") from None
 
 
 def check_certificate(pem: str) -> x509.Certificate:
@@ -23,9 +37,7 @@ def check_certificate(pem: str) -> x509.Certificate:
     """
     text = pem.strip()
     if "PRIVATE KEY-----" in text:
-        raise UserError(
-            "contains a private key", hint="give the certificate only, and make a new key: this one is spent"
-        )
+        raise UserError(_PRIVATE, hint=_SPENT)
     if text.count(_BEGIN) != 1 or not text.startswith("-----BEGIN CERTIFICATE-----"):
         raise UserError("not exactly one certificate in PEM form")
     try:

@@ -38,6 +38,15 @@ def present() -> dict[str, str]:
     return found
 
 
+def is_named(name: str) -> bool:
+    """Whether udev is done with an interface, which it may rename until then (its file is named by the index)."""
+    try:
+        index = (paths.ROOT / "sys/class/net" / name / "ifindex").read_text().strip()
+    except OSError:
+        return False
+    return (paths.ROOT / "run/udev/data" / f"n{index}").exists()
+
+
 def resolve(interface: str, interfaces: Mapping[str, str]) -> str | None:
     """The kernel name of a configured interface (name or MAC address), or None if it is not there."""
     if not is_mac(interface):

@@ -6,13 +6,14 @@ import ipaddress
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from urllib.parse import SplitResult, urlsplit
 
 import msgspec
 
 from vmm import paths
-from vmm.config.certificates import check_certificate
+from vmm.config.certificates import check_authorities, check_certificate
 from vmm.config.interfaces import interface_key, is_interface_name, is_mac
-from vmm.config.types import Configuration, Management
+from vmm.config.types import Configuration, Management, Update
 from vmm.errors import UserError
 
 VERSION = 1
@@ -22,6 +23,8 @@ MAX_OPERATIONAL = 32
 MAX_ADMINISTRATORS = 256
 MAX_SERVERS = 8
 MAX_MESSAGE = 500
+MAX_URL = 1024
+MAX_INTERVAL_HOURS = 168
 # The kernel's limit (HOST_NAME_MAX), shorter than RFC 1123's 253.
 MAX_HOSTNAME = 64
 
@@ -29,6 +32,11 @@ _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _DOMAIN = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,62}")
 _OPERATIONAL_NAME = re.compile(r"[a-z][a-z0-9]{0,7}")
+_CHANNEL = re.compile(r"[a-z][a-z0-9-]{0,31}")
+_TIME = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]"
+_WINDOW = re.compile(rf"{_TIME}-{_TIME}")
+# What a URL may be written with (RFC 3986), less the quotes and brackets that other formats take for their own.
+_URL = re.compile(r"[A-Za-z0-9._~:/\[\]@!$&()*+,;=%?#-]+")
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Interface = ipaddress.IPv4Interface | ipaddress.IPv6Interface
@@ -104,6 +112,8 @@ def check(config: Configuration) -> None:
     for index, server in enumerate(config.time_servers):
         if not _is(address, server) and (len(server) > 253 or not _DOMAIN.fullmatch(server)):
             raise ConfigurationError(f"time_servers[{index}]", f"not an address or host name: {server!r}")
+    if config.update is not None:
+        _check_update(config.update)
 
 
 def address(text: str) -> Address:
@@ -249,3 +259,53 @@ def _check_administrators(config: Configuration) -> None:
         prints[person.fingerprint] = index
     if not any(person.role == "admin" for person in config.administrators):
         raise ConfigurationError("administrators", "none of them has the role admin")
+
+
+def _check_update(update: Update) -> None:
+    repository = _url("update.repository", update.repository, "https")
+    if repository.query or repository.fragment:
+        raise ConfigurationError("update.repository", f"ends in a query or fragment: {update.repository!r}")
+    if not _CHANNEL.fullmatch(update.channel):
+        raise ConfigurationError("update.channel", f"not a letter and up to 31 of a-z, 0-9 and '-': {update.channel!r}")
+    if update.ca is not None:
+        try:
+            check_authorities(update.ca)
+        except UserError as error:
+            raise ConfigurationError("update.ca", error.message, hint=error.hint) from None
+    if update.proxy is not None:
+        proxy = _url("update.proxy", update.proxy, "http")
+        if proxy.path not in {"", "/"} or proxy.query or proxy.fragment:
+            raise ConfigurationError("update.proxy", f"more than scheme, host and port: {update.proxy!r}")
+    if not 1 <= update.interval_hours <= MAX_INTERVAL_HOURS:
+        raise ConfigurationError(
+            "update.interval_hours", f"{update.interval_hours} is not between 1 and {MAX_INTERVAL_HOURS}"
+        )
+    if update.window is not None:
+        _check_window(update.window)
+
+
+def _check_window(window: str) -> None:
+    if not _WINDOW.fullmatch(window):
+        raise ConfigurationError(
+            "update.window", f"not two times of a day: {window!r}", hint='write it in UTC, as in "01:30-04:00"'
+        )
+    begin, end = window.split("-")
+    if begin == end:
+        raise ConfigurationError("update.window", f"begins and ends at {begin}")
+
+
+def _url(field: str, text: str, scheme: str) -> SplitResult:
+    """The parts of a URL. Raises: ConfigurationError unless it is one of this scheme with a host and no password."""
+    problem = ConfigurationError(field, f"not an {scheme} URL: {text!r}", hint=f"write it as {scheme}://HOST[:PORT]/…")
+    if len(text) > MAX_URL or not _URL.fullmatch(text):
+        raise problem
+    try:
+        parts = urlsplit(text)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        raise problem from None
+    if parts.scheme != scheme or port == 0 or not (_is(address, host) or _DOMAIN.fullmatch(host)):
+        raise problem
+    if parts.username is not None or parts.password is not None:
+        raise ConfigurationError(field, "holds a user or password; the configuration is no place for secrets")
+    return parts

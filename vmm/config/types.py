@@ -49,6 +49,32 @@ class Administrator(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return hashlib.sha256(ssl.PEM_cert_to_DER_cert(self.certificate.strip())).hexdigest()
 
 
+class Update(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where releases come from, and whether the host takes them by itself.
+
+    ``repository`` is the https URL of a TUF repository; ``ca`` holds the authorities (PEM) that its server must be
+    certified by, instead of the image's; ``proxy`` is an http URL. Every ``interval_hours`` an ``automatic`` host
+    looks for a release; it writes and restarts only within ``window``, "HH:MM-HH:MM" in UTC, and never restarts
+    without one.
+    """
+
+    repository: str
+    channel: str = "stable"
+    ca: str | None = None
+    proxy: str | None = None
+    automatic: bool = False
+    interval_hours: int = 6
+    window: str | None = None
+
+    @property
+    def minutes(self) -> tuple[int, int] | None:
+        """The window's begin and end in minutes of the day; an end before its begin is on the next day."""
+        if self.window is None:
+            return None
+        begin, end = (int(text[:2]) * 60 + int(text[3:]) for text in self.window.split("-"))
+        return begin, end
+
+
 class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The whole document. Only load.decode() makes one that may be trusted to hold its rules."""
 
@@ -59,6 +85,7 @@ class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     operational: tuple[Operational, ...] = ()
     administrators: tuple[Administrator, ...]
     time_servers: tuple[str, ...] = ()
+    update: Update | None = None
 
 
 class Failure(msgspec.Struct, frozen=True):

@@ -1,12 +1,11 @@
-"""`python3 -m vmm.console --tty /dev/console`: keep the status screen on a terminal."""
+"""`python3 -m vmm.console`: keep the status screen on the terminals that systemd opened, or on standard output."""
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from vmm import errors
 from vmm.console.facts import gather
@@ -14,33 +13,65 @@ from vmm.console.screen import compose
 from vmm.errors import UserError
 
 INTERVAL_S = 2.0
-_STANDARD_OUTPUT = {"-", "/dev/stdout"}
+_FIRST_DESCRIPTOR = 3
 _KDGKBTYPE = 0x4B33
 _CLEAR = "\033[H\033[2J\033[3J"
 
 
+class Terminal:
+    """An open terminal that is drawn on; one whose other end stops reading holds nobody up."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._clears = is_screen(descriptor)
+        self._pending = b""
+        self._next = b""
+        os.set_blocking(descriptor, False)
+
+    def show(self, text: str) -> None:
+        """Draw a text once what is still on its way has gone out. Raises: OSError when the terminal is gone."""
+        # Of several changes that could not be shown, the last one is enough.
+        self._next = drawing(text, clears=self._clears)
+        self.flush()
+
+    def flush(self) -> None:
+        """Go on with what the terminal did not take yet. Raises: OSError."""
+        if not self._pending:
+            self._pending, self._next = self._next, b""
+        try:
+            while self._pending:
+                self._pending = self._pending[os.write(self._descriptor, self._pending) :]
+        except BlockingIOError:
+            pass
+
+
 def main() -> None:
-    """Draw whenever the text has changed. Raises: UserError when the terminal cannot be opened or is gone."""
-    parser = argparse.ArgumentParser(prog="python3 -m vmm.console", description="Show the status screen.")
-    parser.add_argument("--tty", default="-", help="terminal to write to, or - for standard output")
-    tty: str = parser.parse_args().tty
+    """Draw whenever the text has changed. Raises: UserError when a terminal is gone."""
     try:
-        # Opening /dev/stdout again would need rights on the terminal that only the one who opened it has.
-        terminal = 1 if tty in _STANDARD_OUTPUT else os.open(tty, os.O_WRONLY | os.O_NOCTTY)
-        keep_drawing(terminal, time.sleep)
+        keep_drawing([Terminal(descriptor) for descriptor in passed_terminals() or [1]], time.sleep)
     except OSError as error:
-        raise UserError(f"{tty}: {error.strerror}") from None
+        raise UserError(f"a terminal is gone: {error.strerror}") from None
 
 
-def keep_drawing(terminal: int, sleep: Callable[[float], None]) -> None:
-    """Draw for ever on an open terminal. Raises: OSError when it is gone."""
-    clears = is_screen(terminal)
+def passed_terminals() -> list[int]:
+    """The descriptors that the service manager opened (OpenFile= in systemd.service(5), sd_listen_fds(3))."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return []
+    count = int(os.environ.get("LISTEN_FDS", "0"))
+    return list(range(_FIRST_DESCRIPTOR, _FIRST_DESCRIPTOR + count))
+
+
+def keep_drawing(terminals: Sequence[Terminal], sleep: Callable[[float], None]) -> None:
+    """Draw for ever on open terminals. Raises: OSError when one is gone."""
     shown = ""
     while True:
         text = compose(gather())
-        if text != shown:
-            _write(terminal, drawing(text, clears=clears))
-            shown = text
+        for terminal in terminals:
+            if text != shown:
+                terminal.show(text)
+            else:
+                terminal.flush()
+        shown = text
         sleep(INTERVAL_S)
 
 
@@ -58,11 +89,6 @@ def is_screen(terminal: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def _write(terminal: int, content: bytes) -> None:
-    while content:
-        content = content[os.write(terminal, content) :]
 
 
 if __name__ == "__main__":

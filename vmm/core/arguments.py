@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
 from vmm.errors import UserError
+from vmm.update.types import VersionText
 from vmm.volumes.types import MAX_SIZE, Format, Name, Size
 
 T = TypeVar("T")
+
+MAX_BUNDLE = 4 << 30
+"""Bytes of an imported bundle; a release takes some 200 MB."""
 
 
 class Caller(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -26,6 +30,12 @@ class Envelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The parameters of every call."""
 
     caller: Caller
+    args: dict[str, Any] = {}
+
+
+class HostEnvelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The parameters of a call that the host itself makes, as root or in core."""
+
     args: dict[str, Any] = {}
 
 
@@ -63,6 +73,35 @@ class Stop(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     name: Name
     timeout: Annotated[int, msgspec.Meta(ge=1, le=3600)] = 60
+
+
+class CheckUpdate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where to look for a release: the configured repository or, "bundle", what was imported.
+
+    ``override_expiry`` takes metadata that has expired, for hosts that have neither network nor clock.
+    """
+
+    override_expiry: bool = False
+    source: Literal["", "bundle"] = ""
+
+
+class DownloadUpdate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which release to download (the newest that is offered), and whether one that failed here may be it."""
+
+    version: VersionText | None = None
+    retry_failed: bool = False
+
+
+class ImportUpdate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A bundle of ``length`` bytes, which follows as data frames."""
+
+    length: Annotated[int, msgspec.Meta(ge=1, le=MAX_BUNDLE)]
+
+
+class RunProbe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How many seconds the probe guest gets."""
+
+    timeout: Annotated[int, msgspec.Meta(ge=1, le=1800)] = 300
 
 
 class ReadAudit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -15,18 +15,23 @@ import msgspec
 from vmm import wire
 from vmm.audit.client import AuditClient, Entry, Object
 from vmm.config import atomic
+from vmm.core.autoupdate import AutoUpdate
 from vmm.core.configuration import AppliedConfiguration
 from vmm.core.db import Database
 from vmm.core.dispatch import Audit, Dispatcher
+from vmm.core.guests import Guests
 from vmm.core.health import Health, Platform, Verdict, judge
+from vmm.core.host_methods import HostHandlers
 from vmm.core.methods import Handlers
 from vmm.core.permissions import Permissions
 from vmm.core.recovery import Recovery
+from vmm.core.updates import UpdateClient
 from vmm.errors import Unavailable, UserError
 from vmm.hypervisor.driver import LibvirtHypervisor
 from vmm.hypervisor.types import Domain, Hypervisor
 from vmm.machines.host import Host
 from vmm.machines.nvram import Nvram
+from vmm.machines.probe import Probe
 from vmm.machines.service import Machines
 from vmm.notify import notify
 from vmm.paths import CORE_SOCKET, CORE_STATE
@@ -113,7 +118,8 @@ async def serve() -> None:
     configuration = AppliedConfiguration()
     audit = AuditClient()
     volumes = Volumes(database, CORE_STATE, ConfinedImporter())
-    machines = Machines(database, hypervisor, Host(), Nvram(CORE_STATE / "nvram"), volumes.path, configuration.networks)
+    host, nvram = Host(), Nvram(CORE_STATE / "nvram")
+    machines = Machines(database, hypervisor, host, nvram, volumes.path, configuration.networks)
     await volumes.recover()
     await machines.recover()
     try:
@@ -122,14 +128,23 @@ async def serve() -> None:
         print(f"core: {error.message}; trying on", file=sys.stderr, flush=True)
     watch = Watch(Platform(), hypervisor, machines, audit)
     handlers = Handlers(configuration, volumes, machines, audit, watch.health, Recovery())
-    dispatcher = Dispatcher(handlers.table(), Permissions(), configuration, audit, handlers.identify, peers=_peers())
+    updater = UpdateClient()
+    guests = Guests(machines, hypervisor, audit)
+    probe = Probe(database, hypervisor, host, nvram, machines, CORE_STATE / "probe")
+    methods = handlers.table() | HostHandlers(updater, guests, probe).table()
+    dispatcher = Dispatcher(methods, Permissions(), configuration, audit, handlers.identify, peers=_peers())
     server = await wire.serve(CORE_SOCKET, dispatcher.handle, mode=0o666)
-    keeping = asyncio.create_task(watch.keep())
+    automatic = AutoUpdate(configuration, updater, dispatcher.perform)
+    keeping = [asyncio.create_task(work) for work in (watch.keep(), automatic.keep())]
+    guests.begin(dispatcher.perform)
     notify()
     await stop.wait()
     server.close()
-    keeping.cancel()
+    for task in keeping:
+        task.cancel()
+    await guests.close()
     await dispatcher.close(_STOP_GRACE_S)
+    await machines.close()
     await hypervisor.close()
     database.close()
 

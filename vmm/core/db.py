@@ -13,7 +13,7 @@ from vmm.errors import UserError
 
 T = TypeVar("T")
 
-VERSION = 1
+VERSION = 2
 
 
 class Database:
@@ -57,14 +57,22 @@ def _open(path: Path) -> sqlite3.Connection:
         # Names and specifications in the file are data: no function of the schema may act on them.
         connection.execute("PRAGMA trusted_schema = OFF")
         version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version == 0:
-            schema = Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
-            connection.executescript(f"BEGIN; {schema} PRAGMA user_version = {VERSION}; COMMIT;")
+        for number in range(version + 1, VERSION + 1):
+            change = Path(__file__).with_name(f"schema-{number}.sql").read_text(encoding="utf-8")
+            connection.executescript(f"BEGIN; {change} PRAGMA user_version = {number}; COMMIT;")
+        readable = version <= VERSION or _oldest(connection) <= VERSION
     except sqlite3.Error as error:
         raise UserError(f"{path}: {error}") from None
-    if version > VERSION:
+    if not readable:
         connection.close()
         raise UserError(
             f"{path} has version {version}, this release knows {VERSION}", hint="Boot the release that wrote it."
         )
     return connection
+
+
+def _oldest(connection: sqlite3.Connection) -> int:
+    """The oldest version that a newer release left able to use its database. Raises: sqlite3.Error."""
+    if not connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'host'").fetchone():
+        return VERSION + 1
+    return int(connection.execute("SELECT oldest FROM host").fetchone()[0])

@@ -7,22 +7,27 @@ answered once they are on record. Without audit nothing is done.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, Protocol
+from uuid import uuid4
 
 import msgspec
 
 from vmm import wire
 from vmm.audit.client import Actor, Entry, Object
-from vmm.core.arguments import Caller, Envelope, decode
+from vmm.core.arguments import Caller, Envelope, HostEnvelope, decode
 from vmm.core.configuration import AppliedConfiguration
-from vmm.core.permissions import Permissions
+from vmm.core.permissions import SYSTEM, Permissions
 from vmm.errors import Forbidden, NotFound, Unavailable, UserError
 
 _MOST_REASON = 1000
 _UNKNOWN_METHOD = "core.unknown-method"
 _FOREIGN_PEER = "core.foreign-peer"
+_ROOT = 0
+HOST = Actor(id="holdfast", role=SYSTEM)
+"""Who acts when the host itself does."""
 
 
 class Audit(Protocol):
@@ -32,14 +37,30 @@ class Audit(Protocol):
         """Put a durable record. Raises: Unavailable."""
 
 
-@dataclass
 class Call:
-    """One call on its way through a handler."""
+    """One call on its way through a handler: who makes it, and its name in the records.
 
-    channel: wire.Channel
-    upload: Upload
-    # The identity of what a handler made, for the outcome record.
-    object_id: str = ""
+    ``object_id`` is the identity of what the handler made, for the outcome record.
+    """
+
+    def __init__(self, channel: wire.Channel | None) -> None:
+        """Arguments: ``channel`` is None for calls that core itself makes."""
+        self._channel = channel
+        self.object_id = ""
+        self.actor = Actor()
+        self.request = ""
+
+    @property
+    def channel(self) -> wire.Channel:
+        """The connection to the caller. Raises: UserError when there is none."""
+        if self._channel is None:
+            raise UserError("this method needs a caller to talk to")
+        return self._channel
+
+    @cached_property
+    def upload(self) -> Upload:
+        """What the caller sends along. Raises: UserError when there is no caller."""
+        return Upload(self.channel)
 
 
 class Upload:
@@ -120,8 +141,15 @@ class Dispatcher:
 
     async def handle(self, request: wire.Request, channel: wire.Channel) -> Any:
         """One call. It is finished, and recorded, even when its caller goes away. Raises: UserError."""
-        task = asyncio.get_running_loop().create_task(self._handle(request, channel))
-        method = self._methods.get(request.method)
+        return await self._finish(request.method, self._handle(request, channel))
+
+    async def perform(self, method: str, /, **args: Any) -> Any:
+        """A call that core itself makes: authorised, recorded and finished as any other. Raises: UserError."""
+        return await self._finish(method, self._call(method, HostEnvelope(args), Call(None)))
+
+    async def _finish(self, name: str, work: Coroutine[Any, Any, Any]) -> Any:
+        task = asyncio.get_running_loop().create_task(work)
+        method = self._methods.get(name)
         self._running[task] = method.streams if method else ""
         task.add_done_callback(self._running.pop)
         return await asyncio.shield(task)
@@ -143,12 +171,18 @@ class Dispatcher:
         if peer.uid not in self._peers:
             case = _Case(_FOREIGN_PEER, Actor(id=f"uid {peer.uid}"), Object(), "")
             raise await self._refuse(case, Forbidden(f"uid {peer.uid} may not call core"))
-        envelope = decode(request.params, Envelope)
-        call = Call(channel, Upload(channel))
-        method = self._methods.get(request.method)
+        call = Call(channel)
+        # Root needs no certificate, and gets no more than the matrix gives the host itself.
+        if peer.uid == _ROOT and "caller" not in request.params:
+            return await self._call(request.method, decode(request.params, HostEnvelope), call)
+        return await self._call(request.method, decode(request.params, Envelope), call)
+
+    async def _call(self, name: str, envelope: Envelope | HostEnvelope, call: Call) -> Any:
+        method = self._methods.get(name)
         try:
-            case, args = await self._decide(request.method, method, envelope)
+            case, args = await self._decide(name, method, envelope)
             assert method is not None
+            call.actor, call.request = case.actor, case.request
             if method.kind == "read":
                 return await self._read(method, case, args, call)
             return await self._change(method, case, args, call)
@@ -157,13 +191,17 @@ class Dispatcher:
                 await _answer_early(call, error)
             raise
 
-    async def _decide(self, name: str, method: Method | None, envelope: Envelope) -> tuple[_Case, Any]:
+    async def _decide(self, name: str, method: Method | None, envelope: Envelope | HostEnvelope) -> tuple[_Case, Any]:
         """Whether the call may be made. Raises: UserError, once the refusal is on record."""
-        caller = envelope.caller
-        actor = Actor(id=caller.fingerprint, origin=caller.origin)
-        case = _Case(name if method else _UNKNOWN_METHOD, actor, _raw_object(method, envelope), caller.request_id)
+        type_, thing = name if method else _UNKNOWN_METHOD, _raw_object(method, envelope.args)
+        if isinstance(envelope, Envelope):
+            caller = envelope.caller
+            case = _Case(type_, Actor(id=caller.fingerprint, origin=caller.origin), thing, caller.request_id)
+        else:
+            case = _Case(type_, HOST, thing, str(uuid4()))
         try:
-            case.actor = self._actor(caller)
+            if isinstance(envelope, Envelope):
+                case.actor = self._actor(envelope.caller)
             if method is None:
                 raise NotFound(f"there is no method {name[:64]!r}")
             self._permissions.check(case.actor.role, name)
@@ -255,8 +293,8 @@ async def _answer_early(call: Call, error: UserError) -> None:
     await call.upload.discard()
 
 
-def _raw_object(method: Method | None, envelope: Envelope) -> Object:
+def _raw_object(method: Method | None, args: Mapping[str, Any]) -> Object:
     """What a call is about, before its arguments were checked."""
-    name = envelope.args.get("name", "")
+    name = args.get("name", "")
     kind = method.object_kind if method else ""
     return Object(kind=kind, name=name[:63] if isinstance(name, str) and kind else "")

@@ -1,4 +1,7 @@
-"""The table of methods: what core does for its callers. permissions.json says for whom."""
+"""The table of methods: what core does for its callers. permissions.json says for whom.
+
+Those that concern the host as a whole stand in vmm.core.host_methods.
+"""
 
 from __future__ import annotations
 

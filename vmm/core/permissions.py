@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
 from vmm.config.types import Role
 from vmm.errors import Forbidden
+
+SYSTEM: Literal["system"] = "system"
+"""The role of the host itself, which no administrator can have."""
 
 MATRIX = Path(__file__).with_name("permissions.json")
 
@@ -16,7 +20,7 @@ class Permissions:
     """The matrix as read from its file."""
 
     def __init__(self, path: Path = MATRIX) -> None:
-        self._roles = msgspec.json.decode(path.read_bytes(), type=dict[str, frozenset[Role]])
+        self._roles = msgspec.json.decode(path.read_bytes(), type=dict[str, frozenset[Role | Literal["system"]]])
 
     @property
     def methods(self) -> frozenset[str]:

@@ -104,13 +104,21 @@ class LibvirtHypervisor:
                 await asyncio.wait_for(self._loop.run_in_executor(self._pool, connection.close), 5)
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def start(self, xml: str) -> None:
-        """Start a transient domain, its XML checked against libvirt's schema, and return once it runs."""
+    async def start(self, xml: str, *, paused: bool = False) -> None:
+        """Start a transient domain, its XML checked against libvirt's schema.
+
+        Returns once it runs or, ``paused``, waits for resume().
+        """
+        flags = libvirt.VIR_DOMAIN_START_VALIDATE | (libvirt.VIR_DOMAIN_START_PAUSED if paused else 0)
 
         def start(connection: Any) -> None:
-            connection.createXML(xml, libvirt.VIR_DOMAIN_START_VALIDATE)
+            connection.createXML(xml, flags)
 
         await self._call(start, deadline=_START_DEADLINE_S)
+
+    async def resume(self, uuid: UUID) -> None:
+        """Let a paused domain run. Raises: NotFound when it is gone."""
+        await self._on_domain(uuid, lambda domain: domain.resume())
 
     async def shutdown(self, uuid: UUID) -> None:
         """Press the guest's power button. Raises: NotFound when it does not run."""

@@ -60,8 +60,11 @@ class Hypervisor(Protocol):
     def subscribe(self, listener: Listener) -> None:
         """Have ``listener`` called at every change of a domain's state."""
 
-    async def start(self, xml: str) -> None:
-        """Start a transient domain and return once it runs."""
+    async def start(self, xml: str, *, paused: bool = False) -> None:
+        """Start a transient domain and return once it runs or, ``paused``, waits for resume()."""
+
+    async def resume(self, uuid: UUID) -> None:
+        """Let a paused domain run. Raises: NotFound."""
 
     async def shutdown(self, uuid: UUID) -> None:
         """Press the guest's power button; its end arrives as an event. Raises: NotFound."""

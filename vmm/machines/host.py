@@ -30,6 +30,10 @@ class Host:
                 return max(int(line.split()[1]) * 1024 - _RESERVE, 0)
         raise Unavailable("/proc/meminfo does not say how much memory there is")
 
+    def boot(self) -> str:
+        """The kernel's id of this boot."""
+        return (self._root / "proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
     def virtualisation(self) -> str:
         """How guests are isolated by hardware, in words for people. Raises: Unavailable when they cannot be."""
         if not (self._root / "dev/kvm").exists():

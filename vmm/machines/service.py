@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from vmm.hypervisor.types import Console, Domain, Hypervisor, State
 from vmm.machines import store
 from vmm.machines.host import Host
 from vmm.machines.nvram import Nvram
-from vmm.machines.types import Machine, MachineSpec
+from vmm.machines.types import Machine, MachineSpec, Stopped
 from vmm.volumes.store import Database
 
 Networks = Callable[[], dict[str, str]]
@@ -44,19 +45,31 @@ class Machines:
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._starting: dict[UUID, int] = {}
         self._waiting: dict[UUID, list[asyncio.Event]] = {}
-        self._checks: set[asyncio.Task[None]] = set()
+        # Machines whose stop was asked for and is waited for.
+        self._unwanted: set[UUID] = set()
+        self._host_stops = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        # Domains that run for the host itself, for a moment, and are no machines.
+        self.own_domains: set[UUID] = set()
         hypervisor.subscribe(self._on_change)
 
     async def recover(self) -> None:
-        """Remove files of machines that are gone; call once, before anything else."""
+        """Remove files of machines that are gone, note what the last stop of the host ended; call once, first."""
+        await self._database.run(partial(store.begin_boot, boot=self._host.boot()))
         rows = await self._database.run(store.rows)
         await asyncio.to_thread(self._nvram.keep_only, [row.id for row in rows])
 
+    async def close(self) -> None:
+        """Finish what is to be noted; call before the database is closed."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
     async def unknown(self) -> list[Domain]:
         """Domains that run without being, or no longer being, a machine as stored. Raises: Unavailable."""
+        own = set(self.own_domains)
         rows = {row.id: row for row in await self._database.run(store.rows)}
         domains = (await self._hypervisor.list()).values()
-        return [found for found in domains if not _is_ours(rows.get(found.uuid), found)]
+        own |= self.own_domains
+        return [found for found in domains if found.uuid not in own and not _is_ours(rows.get(found.uuid), found)]
 
     async def list_all(self) -> list[Machine]:
         """Every machine, by name, with what it does now. Raises: Unavailable."""
@@ -85,6 +98,8 @@ class Machines:
         """Start a machine and return once it runs. Raises: NotFound; Conflict; Unavailable, with figures."""
         async with self._lock(name):
             row = await self._row(name)
+            if self._host_stops:
+                raise Unavailable("the host is about to restart")
             self._host.virtualisation()
             running = dict(self._starting)
             domains = await self._hypervisor.list()
@@ -100,6 +115,7 @@ class Machines:
                 await self._hypervisor.start(await self._xml(row))
             finally:
                 del self._starting[row.id]
+            await self._note(row.id, "on")
             return _view(row, await self._hypervisor.state(row.id))
 
     async def stop(self, name: str, timeout: int) -> Machine:
@@ -109,25 +125,21 @@ class Machines:
         """
         async with self._lock(name):
             row = await self._row(name)
-            stopped = asyncio.Event()
-            self._waiting.setdefault(row.id, []).append(stopped)
             try:
-                await self._hypervisor.shutdown(row.id)
-            except BaseException as error:
-                self._forget(row.id, stopped)
-                if isinstance(error, NotFound):
-                    raise Conflict(f"the machine {name!r} does not run") from None
-                raise
+                stopped = await self._press(row.id)
+            except NotFound:
+                raise Conflict(f"the machine {name!r} does not run") from None
         # Waiting happens outside the lock, so that force-off need not wait too.
+        self._unwanted.add(row.id)
         try:
-            await asyncio.wait_for(stopped.wait(), timeout)
-        except TimeoutError:
-            raise Conflict(
-                f"the machine {name!r} did not stop within {timeout} s",
-                hint="Its system may ignore the power button; force-off switches it off.",
-            ) from None
+            if not await self._ends(row.id, stopped, timeout):
+                raise Conflict(
+                    f"the machine {name!r} did not stop within {timeout} s",
+                    hint="Its system may ignore the power button; force-off switches it off.",
+                )
         finally:
-            self._forget(row.id, stopped)
+            self._unwanted.discard(row.id)
+        await self._note(row.id, "off")
         return _view(row, State.STOPPED)
 
     async def force_off(self, name: str) -> Machine:
@@ -138,6 +150,7 @@ class Machines:
                 await self._hypervisor.destroy(row.id)
             except NotFound:
                 raise Conflict(f"the machine {name!r} does not run") from None
+            await self._note(row.id, "off")
             return _view(row, State.STOPPED)
 
     async def delete(self, name: str) -> None:
@@ -158,6 +171,83 @@ class Machines:
         except NotFound:
             raise Conflict(f"the machine {name!r} does not run") from None
         return _view(row, State.RUNNING), console
+
+    async def stop_all(self) -> list[Stopped]:
+        """Stop every machine because the host stops, side by side, each with its own limit; those that ran resume.
+
+        From here on nothing starts, until host_stays() is called.
+        """
+        self._host_stops = True
+        rows = await self._database.run(store.rows)
+        found = await asyncio.gather(*(self._stop_with_host(row) for row in rows))
+        return [one for one in found if one is not None]
+
+    async def host_stays(self) -> None:
+        """The host does not stop after all: machines may start, and those that were stopped are to be resumed."""
+        self._host_stops = False
+        await self.look_anew()
+
+    async def to_resume(self) -> list[str]:
+        """Names of the machines that ran when the host stopped and were not started since."""
+        return [row.spec.name for row in await self._database.run(store.rows) if row.power == "resume"]
+
+    async def count_try(self, name: str) -> int:
+        """Count a try to start a machine again, before it is made; 0 when it is no longer to be started."""
+        return await self._database.run(partial(store.count_try, name=name))
+
+    async def give_up(self, name: str) -> None:
+        """Leave a machine that ran when the host stopped as it is. Raises: NotFound."""
+        await self._note((await self._row(name)).id, "off")
+
+    async def _stop_with_host(self, row: store.Row) -> Stopped | None:
+        """Stop one machine; what became of it, or None when it did not run."""
+        name, id = row.spec.name, row.id
+        stopped: asyncio.Event | None = None
+        try:
+            async with self._lock(name):
+                state = await self._hypervisor.state(id)
+                if state is State.STOPPED:
+                    return None
+                await self._database.run(
+                    partial(store.set_power, id=id, power="off" if id in self._unwanted else "resume")
+                )
+                # A guest that is paused (its disk failed) or has crashed hears no button.
+                if state in (State.RUNNING, State.STOPPING):
+                    with suppress(NotFound):
+                        stopped = await self._press(id)
+            if stopped is not None and await self._ends(id, stopped, row.spec.stop_timeout):
+                return Stopped(name, str(id), "shut-down")
+            with suppress(NotFound):
+                await self._hypervisor.destroy(id)
+        except UserError as error:
+            return Stopped(name, str(id), "failed", error.message)
+        return Stopped(name, str(id), "switched-off")
+
+    async def _press(self, id: UUID) -> asyncio.Event:
+        """Press the power button; what is returned must be handed to _ends(). Raises: NotFound; Unavailable."""
+        stopped = asyncio.Event()
+        self._waiting.setdefault(id, []).append(stopped)
+        try:
+            await self._hypervisor.shutdown(id)
+        except BaseException:
+            self._forget(id, stopped)
+            raise
+        return stopped
+
+    async def _ends(self, id: UUID, stopped: asyncio.Event, timeout: int) -> bool:
+        """Wait up to ``timeout`` seconds for a guest's end; whether it came."""
+        try:
+            await asyncio.wait_for(stopped.wait(), timeout)
+        except TimeoutError:
+            return False
+        finally:
+            self._forget(id, stopped)
+        return True
+
+    async def _note(self, id: UUID, power: store.Power) -> None:
+        # What ends while the host stops is to run again; that was noted before it was stopped.
+        if not self._host_stops:
+            await self._database.run(partial(store.set_power, id=id, power=power))
 
     async def _row(self, name: str) -> store.Row:
         return await self._database.run(partial(store.row, name=name))
@@ -226,17 +316,30 @@ class Machines:
 
     def _on_change(self, id: UUID | None, state: State) -> None:
         if id is None:
-            task = asyncio.get_running_loop().create_task(self._check_waiting())
-            self._checks.add(task)
-            task.add_done_callback(self._checks.discard)
+            self._later(self.look_anew())
         elif state is State.STOPPED:
             self._wake(id)
+            self._later(self._note(id, "off"))
 
-    async def _check_waiting(self) -> None:
-        """After a break in the connection: find out about ends that we did not hear of."""
-        for id in list(self._waiting):
-            if await self._hypervisor.state(id) is State.STOPPED:
-                self._wake(id)
+    def _later(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def look_anew(self) -> None:
+        """Find out about ends, and starts, that we did not hear of."""
+        with suppress(Unavailable):  # broken again: there will be another look
+            for id in list(self._waiting):
+                if await self._hypervisor.state(id) is State.STOPPED:
+                    self._wake(id)
+            domains = await self._hypervisor.list()
+            for row in await self._database.run(store.rows):
+                if (row.id in domains) == (row.power == "on"):
+                    continue
+                async with self._lock(row.spec.name):
+                    runs = await self._hypervisor.state(row.id) is not State.STOPPED
+                    if runs or row.power == "on":
+                        await self._note(row.id, "on" if runs else "off")
 
     def _wake(self, id: UUID) -> None:
         for stopped in self._waiting.get(id, ()):
@@ -271,4 +374,5 @@ def _view(row: store.Row, state: State) -> Machine:
         spec.disks,
         spec.networks,
         spec.description,
+        spec.stop_timeout,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from dataclasses import dataclass
+from typing import Literal
 from uuid import UUID
 
 import msgspec
@@ -13,16 +14,28 @@ from vmm.machines.types import MachineSpec
 
 FIRST_UID, LAST_UID = 70000, 79999
 """Each machine's QEMU runs under a uid (and gid) of its own out of these."""
+MOST_TRIES = 3
+"""How often a machine is started again by itself before that is given up."""
+
+Power = Literal["off", "on", "resume"]
+
+
+class _StoredSpec(MachineSpec, frozen=True, forbid_unknown_fields=False):
+    """A specification that a newer release, from which the host fell back, may have written."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A machine as stored; ``volumes`` are the ids of its disks' volumes, in order."""
+    """A machine as stored; ``volumes`` are the ids of its disks' volumes, in order.
+
+    ``power`` is "on" while it runs, "resume" when it is to be started because the host stopped under it.
+    """
 
     id: UUID
     spec: MachineSpec
     uid: int
     created: str
+    power: Power
     volumes: tuple[str, ...]
 
     @property
@@ -31,7 +44,7 @@ class Row:
         return self.spec.sha256(self.id)
 
 
-_SELECT = "SELECT id, spec, uid, created FROM machines "
+_SELECT = "SELECT id, spec, uid, created, power FROM machines "
 
 
 def rows(connection: sqlite3.Connection) -> list[Row]:
@@ -56,7 +69,7 @@ def insert(connection: sqlite3.Connection, id: UUID, spec: MachineSpec, created:
         raise Conflict(f"there is already a machine {spec.name!r}")
     connection.execute(
         "INSERT INTO machines (id, name, spec, uid, created) VALUES (?, ?, ?, ?, ?)",
-        (str(id), spec.name, msgspec.json.encode(spec).decode(), _take_uid(connection), created),
+        (str(id), spec.name, msgspec.json.encode(spec).decode(), take_uid(connection), created),
     )
     for position, disk in enumerate(spec.disks):
         volume = _free_volume(connection, f"disks[{position}].volume", disk.volume)
@@ -71,12 +84,31 @@ def delete(connection: sqlite3.Connection, id: UUID) -> None:
     connection.execute("DELETE FROM machines WHERE id = ?", (str(id),))
 
 
-def _row(connection: sqlite3.Connection, found: tuple[str, str, int, str]) -> Row:
-    id, spec, uid, created = found
+def begin_boot(connection: sqlite3.Connection, boot: str) -> None:
+    """Note in which boot core runs. In a new one, what ran in the one before is to be started again."""
+    if connection.execute("SELECT boot FROM host").fetchone() != (boot,):
+        connection.execute("UPDATE host SET boot = ?", (boot,))
+        # Those are starts that never came to an end: each may be what ended the host.
+        connection.execute("UPDATE machines SET power = 'off' WHERE power = 'resume' AND tries >= ?", (MOST_TRIES,))
+        connection.execute("UPDATE machines SET power = 'resume', tries = 0 WHERE power = 'on'")
+
+
+def set_power(connection: sqlite3.Connection, id: UUID, power: Power) -> None:
+    """Note whether a machine runs, or is to run; what was tried before is forgotten."""
+    connection.execute("UPDATE machines SET power = ?, tries = 0 WHERE id = ?", (power, str(id)))
+
+
+def count_try(connection: sqlite3.Connection, name: str) -> int:
+    """Count a try to start a machine again, before it is made; 0 when it is no longer to be started."""
+    connection.execute("UPDATE machines SET tries = tries + 1 WHERE name = ? AND power = 'resume'", (name,))
+    found = connection.execute("SELECT tries FROM machines WHERE name = ? AND power = 'resume'", (name,)).fetchone()
+    return int(found[0]) if found else 0
+
+
+def _row(connection: sqlite3.Connection, found: tuple[str, str, int, str, Power]) -> Row:
+    id, spec, uid, created, power = found
     volumes = connection.execute("SELECT volume_id FROM disks WHERE machine_id = ? ORDER BY position", (id,))
-    return Row(
-        UUID(id), msgspec.json.decode(spec, type=MachineSpec), uid, created, tuple(volume for (volume,) in volumes)
-    )
+    return Row(UUID(id), msgspec.json.decode(spec, type=_StoredSpec), uid, created, power, tuple(v for (v,) in volumes))
 
 
 def _free_volume(connection: sqlite3.Connection, field: str, name: str) -> str:
@@ -96,7 +128,7 @@ def _free_volume(connection: sqlite3.Connection, field: str, name: str) -> str:
     return str(id)
 
 
-def _take_uid(connection: sqlite3.Connection) -> int:
+def take_uid(connection: sqlite3.Connection) -> int:
     """The next free uid. They go round in a ring, so that one is used again as late as possible."""
     (start,) = connection.execute("SELECT next FROM uid_ring").fetchone()
     taken = {uid for (uid,) in connection.execute("SELECT uid FROM machines")}

@@ -14,6 +14,9 @@ Uuid = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9
 TargetPath = Annotated[str, msgspec.Meta(pattern=r"\Aholdfast_[0-9.]{5,32}/[a-z0-9.-]{1,64}\Z")]
 Bytes = Annotated[int, msgspec.Meta(ge=1, le=1 << 32)]
 
+MAX_WINDOW = 1 << 28
+"""The largest window, in bytes, of a zstd frame in the repository, and so of a part that deltas are made for."""
+
 
 class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One partition's or file's content: ``size`` in bytes and ``sha384`` are of the plain, unpacked bytes.
@@ -38,7 +41,7 @@ class Parts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Release(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """release.json. ``epoch`` is the security floor it stands on; hosts older than ``minimum_source`` must not take it."""
+    """release.json. ``epoch`` is the security floor it stands on; hosts below ``minimum_source`` must not take it."""
 
     format: Literal[1]
     version: VersionText

@@ -1,4 +1,4 @@
--- What core knows for good. Version 1; the version stands in PRAGMA user_version.
+-- What core knows for good. Version 1; the version stands in PRAGMA user_version, changes in files of their own.
 CREATE TABLE volumes (
     id      TEXT PRIMARY KEY,
     name    TEXT NOT NULL UNIQUE COLLATE NOCASE,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tests.guest.disk import make_efi_disk
+from image.builder.efidisk import make_efi_disk
 from vmm.process import run
 
 PROBE_READY = "HOLDFAST-PROBE READY"
-_SOURCE = Path(__file__).with_name("probe.S")
+_SOURCE = Path(__file__).resolve().parents[1] / "probe/probe.S"
 
 
 def build_probe_application(target: Path) -> None:

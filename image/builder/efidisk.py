@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from image.builder.layout import SOURCE_DATE_EPOCH
 from vmm.errors import UserError
 from vmm.process import run
 
@@ -14,6 +15,8 @@ MIB = 1 << 20
 ESP_TYPE = "c12a7328-f81f-11d2-ba4b-00a0c93ec93b"
 _SECTOR = 512
 _ESP_START = 1 * MIB
+_TIME = {"SOURCE_DATE_EPOCH": str(SOURCE_DATE_EPOCH)}
+"""mtools stamps files and folders with it, so that equal inputs give equal disks."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,8 @@ class FatPartition:
         """
         for folder in reversed(PurePosixPath(name).parents[:-1]):
             # -D s: an existing folder is left alone instead of asking the terminal what to do.
-            run(["mmd", "-i", self._drive, "-D", "s", f"::{folder}"], check=False)
-        run(["mcopy", "-i", self._drive, "-o", source, f"::{name}"])
+            run(["mmd", "-i", self._drive, "-D", "s", f"::{folder}"], check=False, env=_TIME)
+        run(["mcopy", "-i", self._drive, "-o", source, f"::{name}"], env=_TIME)
 
     def get(self, name: str, target: Path) -> None:
         """Copy the file ``name`` out to ``target``. Raises: UserError when it does not exist."""

@@ -1,0 +1,123 @@
+"""Guests over a stop of the host: shut down before it, started again after it."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from vmm.audit.client import AuditClient, Entry, Object
+from vmm.core.dispatch import HOST
+from vmm.errors import NotFound, Unavailable, UserError
+from vmm.hypervisor.types import Hypervisor
+from vmm.machines.service import Machines
+from vmm.machines.store import MOST_TRIES
+from vmm.machines.types import Stopped
+
+Perform = Callable[..., Awaitable[Any]]
+"""Makes a call in the host's own name, with its records: see vmm.core.dispatch.Dispatcher.perform."""
+
+# Before each round of tries. What failed for want of something that is still coming up gets its time.
+_WAITS_S = (0.0, 10.0, 60.0)
+_LOOK_S = 1.0
+
+
+class Guests:
+    """Stops and resumes them, with records."""
+
+    def __init__(
+        self,
+        machines: Machines,
+        hypervisor: Hypervisor,
+        audit: AuditClient,
+        *,
+        waits: Sequence[float] = _WAITS_S,
+        look: float = _LOOK_S,
+    ) -> None:
+        """Arguments: ``waits`` and ``look`` are in seconds: before each round, and between looks at libvirt."""
+        self._machines = machines
+        self._hypervisor = hypervisor
+        self._audit = audit
+        self._waits = waits
+        self._look = look
+        self._perform: Perform | None = None
+        self._resuming: asyncio.Task[None] | None = None
+
+    def begin(self, perform: Perform) -> None:
+        """Start, in the background, what ran when the host stopped."""
+        self._perform = perform
+        self._resume_soon()
+
+    async def stop(self) -> list[Stopped]:
+        """Stop all guests because the host stops. Nothing starts from here on, unless stay() is called."""
+        await self.close()
+        stopped = await self._machines.stop_all()
+        for one in stopped:
+            entry = Entry(
+                type="machine.stop",
+                actor=HOST,
+                object=Object(kind="machine", id=one.uuid, name=one.name),
+                outcome="failure" if one.how == "failed" else "success",
+                reason=f"the host stops: {one.reason or one.how}",
+            )
+            try:
+                await self._audit.append(entry)
+            except Unavailable as error:
+                _say(f"{one.name}: {entry.reason}; not recorded: {error.message}")
+        return stopped
+
+    async def stay(self) -> None:
+        """The host does not stop after all: start again what was stopped."""
+        with suppress(Unavailable):
+            await self._machines.host_stays()
+        self._resume_soon()
+
+    async def close(self) -> None:
+        """Try no more."""
+        if self._resuming is not None:
+            self._resuming.cancel()
+            await asyncio.gather(self._resuming, return_exceptions=True)
+
+    def _resume_soon(self) -> None:
+        if self._resuming is None or self._resuming.done():
+            self._resuming = asyncio.get_running_loop().create_task(self.resume())
+
+    async def resume(self) -> None:
+        """Start again what is to be, in rounds; each machine has few tries, also over restarts of the host."""
+        if not await self._machines.to_resume():
+            return
+        # Neither is a reason to give a machine up.
+        while not (self._hypervisor.connected and await self._is_audited()):
+            await asyncio.sleep(self._look)
+        with suppress(Unavailable):
+            await self._machines.look_anew()
+        for wait in self._waits:
+            await asyncio.sleep(wait)
+            for name in await self._machines.to_resume():
+                await self._try(name)
+
+    async def _is_audited(self) -> bool:
+        try:
+            return bool((await self._audit.health())["ok"])
+        except Unavailable:
+            return False
+
+    async def _try(self, name: str) -> None:
+        assert self._perform is not None
+        tries = await self._machines.count_try(name)
+        if not tries:
+            return
+        try:
+            await self._perform("machine.start", name=name)
+            return
+        except UserError as error:
+            _say(f"the machine {name} could not be started again (try {tries} of {MOST_TRIES}): {error.message}")
+        if tries >= MOST_TRIES:
+            with suppress(NotFound):
+                await self._machines.give_up(name)
+
+
+def _say(text: str) -> None:
+    print(f"core: {text}", file=sys.stderr, flush=True)

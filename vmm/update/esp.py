@@ -1,0 +1,64 @@
+"""The unified kernel images on the EFI system partition, whose names count their tries (systemd-boot(7))."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vmm.errors import UserError
+from vmm.paths import ROOT
+from vmm.update import pe
+from vmm.update.files import sync_folder
+from vmm.update.types import version_key
+
+LINUX = ROOT / "efi/EFI/Linux"
+_NAME = re.compile(
+    r"holdfast_((?:0|[1-9][0-9]{0,8})(?:\.(?:0|[1-9][0-9]{0,8})){2})(?:\+([0-9]{1,3})(?:-([0-9]{1,3}))?)?\.efi"
+)
+
+
+@dataclass(frozen=True)
+class BootEntry:
+    """One UKI. ``left`` and ``done`` count its tries; both None once it is blessed. ``uki`` is None if unreadable."""
+
+    path: Path
+    version: str
+    left: int | None
+    done: int | None
+    uki: pe.Uki | None
+
+    @property
+    def bad(self) -> bool:
+        """Whether systemd-boot has given up on it."""
+        return self.left == 0
+
+    @property
+    def blessed(self) -> bool:
+        """Whether it has proven itself."""
+        return self.left is None
+
+
+def entries(linux: Path = LINUX) -> list[BootEntry]:
+    """All our UKIs, newest version first. Raises: OSError when the folder cannot be read."""
+    found = []
+    for path in linux.iterdir():
+        if not (name := _NAME.fullmatch(path.name)):
+            continue
+        try:
+            uki = pe.describe(path)
+        except (UserError, OSError):
+            uki = None
+        left, done = (int(text) if text is not None else None for text in (name[2], name[3]))
+        found.append(BootEntry(path, name[1], left, done, uki))
+    return sorted(found, key=lambda entry: (version_key(entry.version), entry.path.name), reverse=True)
+
+
+def mark_bad(entry: BootEntry) -> BootEntry:
+    """Make systemd-boot pass over an entry: no tries left. Raises: OSError."""
+    name = f"holdfast_{entry.version}+0" + (f"-{entry.done}" if entry.done is not None else "") + ".efi"
+    path = entry.path.with_name(name)
+    os.replace(entry.path, path)
+    sync_folder(path.parent)
+    return replace(entry, path=path, left=0)

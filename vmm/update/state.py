@@ -1,0 +1,142 @@
+"""What the updater remembers between runs and boots."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from vmm.config import atomic
+from vmm.update.types import Failed, VersionText
+
+_MOST_HISTORY = 500
+_MOST_LINE = 8 << 10
+_MOST_FAILED, _MOST_BLESSED = 32, 64
+_MOST_FILE = 8 << 20
+
+SourceName = Literal["repository", "bundle"]
+
+
+class Waiting(msgspec.Struct, frozen=True):
+    """A version whose UKI is, or is about to be, on the ESP. ``boot`` is the boot in which that happened.
+
+    ``certain`` is False while it is only about to be.
+    """
+
+    version: VersionText
+    epoch: int
+    root_hash: str
+    boot: str
+    certain: bool = False
+
+
+class State(msgspec.Struct, frozen=True):
+    """``seen`` is the latest time known to be true, in seconds; ``source`` where the last import or check went,
+    and where the next download goes.
+
+    ``overridden`` is whether that check was told to accept expired metadata; so is the download that follows it.
+    """
+
+    source: SourceName | None = None
+    overridden: bool = False
+    checked: str = ""
+    available: str = ""
+    seen: int = 0
+    installed: Waiting | None = None
+    failed: tuple[Failed, ...] = ()
+    blessed: tuple[str, ...] = ()
+
+
+class GateFailure(msgspec.Struct, frozen=True):
+    """Why a boot's health gate was not passed, as the gate leaves it in gate.json."""
+
+    version: str
+    reason: str
+    time: str = ""
+
+
+class Event(msgspec.Struct, frozen=True):
+    """One line of the history."""
+
+    time: str
+    type: str
+    outcome: str
+    version: str = ""
+    reason: str = ""
+    extra: dict[str, Any] = {}
+
+
+class Store:
+    """state.json and history.jsonl in the updater's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "state.json"
+        self._history = folder / "history.jsonl"
+        self._gate = folder / "gate.json"
+        self.damaged = ""
+        self.state = self._load()
+
+    def _load(self) -> State:
+        """What is stored. A file that cannot be read is put aside: the floor, not this, is what protects the host."""
+        try:
+            return msgspec.json.decode(_read(self._path), type=State)
+        except FileNotFoundError:
+            return State()
+        except (msgspec.MsgspecError, OSError, UnicodeDecodeError) as error:
+            self.damaged = f"state.json could not be read and was put aside: {error}"
+            os.replace(self._path, self._path.with_name("state.json.damaged"))
+            return State()
+
+    def change(self, **fields: Any) -> State:
+        """Replace fields, durably. Raises: OSError."""
+        changed = msgspec.structs.replace(self.state, **fields)
+        atomic.write(self._path, msgspec.json.encode(changed), mode=0o600)
+        self.state = changed
+        return changed
+
+    def fail(self, failed: Failed, **fields: Any) -> None:
+        """Remember a version that did not work. Raises: OSError."""
+        others = [known for known in self.state.failed if known.version != failed.version]
+        self.change(failed=(*others, failed)[-_MOST_FAILED:], **fields)
+
+    def bless(self, version: str, **fields: Any) -> None:
+        """Remember a version that did. Raises: OSError."""
+        others = [known for known in self.state.blessed if known != version]
+        failed = tuple(known for known in self.state.failed if known.version != version)
+        self.change(blessed=(*others, version)[-_MOST_BLESSED:], failed=failed, **fields)
+
+    def gate_failure(self, version: str) -> str:
+        """What the health gate said when it refused a version; empty if it said nothing."""
+        try:
+            failure = msgspec.json.decode(_read(self._gate), type=GateFailure)
+        except (msgspec.MsgspecError, OSError, UnicodeDecodeError):
+            return ""
+        return failure.reason[:1000] if failure.version == version else ""
+
+    def history(self) -> list[Event]:
+        """What happened, oldest first; lines that cannot be read are left out."""
+        try:
+            lines = _read(self._history).splitlines()
+        except (FileNotFoundError, OSError):
+            return []
+        events = []
+        for line in lines:
+            try:
+                events.append(msgspec.json.decode(line, type=Event))
+            except (msgspec.MsgspecError, UnicodeDecodeError):
+                continue
+        return events
+
+    def remember(self, event: Event) -> None:
+        """Add to the history. Raises: OSError."""
+        if len(msgspec.json.encode(event)) > _MOST_LINE:
+            event = msgspec.structs.replace(event, extra={}, reason=event.reason[:1000])
+        events = [*self.history(), event][-_MOST_HISTORY:]
+        atomic.write(self._history, b"".join(msgspec.json.encode(e) + b"\n" for e in events), mode=0o600)
+
+
+def _read(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(_MOST_FILE)
