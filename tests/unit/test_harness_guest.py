@@ -9,9 +9,9 @@ import pefile
 import pytest
 
 from image.builder.efidisk import find_esp, make_efi_disk
+from image.builder.probe import PROBE_READY, build_probe_application, build_probe_disk
 from tests.guest.initrd import Entry, build_initrd, cpio
 from tests.guest.linux import GuestSources, build_linux_disk
-from image.builder.probe import PROBE_READY, build_probe_application, build_probe_disk
 from vmm.errors import UserError
 from vmm.process import run
 

@@ -24,9 +24,9 @@ UNIT = "holdfast-audit"
 PRODUCERS = {
     "holdfast-api": "holdfast-api",
     "holdfast-core": "holdfast-core",
-    "root": "holdfast-configure",
+    "root": "holdfast-host",
 }
-"""User → the unit it runs, as its records will name it."""
+"""User → the name its records carry: the unit, or what is common to those that run as root."""
 READERS = ("holdfast-core", "root")
 _RETRY = 5.0
 """Seconds between attempts to begin while the store is full."""

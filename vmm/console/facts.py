@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import ipaddress
-import socket
 import ssl
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -16,14 +12,12 @@ import msgspec
 
 import vmm
 from vmm import paths
-from vmm.config.interfaces import present, resolve
+from vmm.config.addresses import management_addresses
 from vmm.config.types import Configuration, Failure
 from vmm.core import version
 
 T = TypeVar("T", bound=msgspec.Struct)
 
-_SIOCGIFADDR = 0x8915
-_LINK_SCOPE = "20"
 _MAX_FILE = 1 << 20
 
 
@@ -64,7 +58,7 @@ def gather() -> Facts:
         slot=release.slot,
         configuration=configuration,
         failure=_decode(paths.CONFIG_ERROR, Failure),
-        addresses=_addresses(configuration),
+        addresses=management_addresses(configuration) if configuration else (),
         fingerprint=_fingerprint(paths.API_STATE / "server.crt"),
         # Core owns its folder below /run/holdfast only.
         health=_decode(paths.CORE_SOCKET.with_name("health.json"), Health),
@@ -91,35 +85,3 @@ def _fingerprint(path: Path) -> str:
         return hashlib.sha256(ssl.PEM_cert_to_DER_cert(path.read_text(encoding="ascii").strip())).hexdigest()
     except (OSError, ValueError):
         return ""
-
-
-def _addresses(configuration: Configuration | None) -> tuple[str, ...]:
-    if configuration is None:
-        return ()
-    name = resolve(configuration.management.interface, present())
-    return (*_ipv4(name), *_ipv6(name)) if name else ()
-
-
-def _ipv4(interface: str) -> list[str]:
-    # netdevice(7): the kernel answers into the struct ifreq that asked.
-    request = struct.pack("16s24x", interface.encode())
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
-        try:
-            answer = fcntl.ioctl(asking, _SIOCGIFADDR, request)
-        except OSError:
-            return []
-    return [socket.inet_ntoa(answer[20:24])]
-
-
-def _ipv6(interface: str) -> list[str]:
-    """Addresses other than link-local ones, which nobody can type into a browser or a command."""
-    try:
-        lines = (paths.ROOT / "proc/net/if_inet6").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return []
-    found = [line.split() for line in lines]
-    return [
-        str(ipaddress.IPv6Address(bytes.fromhex(fields[0])))
-        for fields in found
-        if len(fields) == 6 and fields[5] == interface and fields[3] != _LINK_SCOPE
-    ]

@@ -52,6 +52,12 @@ class Leave(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     how: How = "reboot"
 
 
+class Condemn(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Why the health gate refuses the running version."""
+
+    reason: Annotated[str, msgspec.Meta(min_length=1, max_length=1000)]
+
+
 class History(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Parameters of ``history``: the newest ``limit`` events."""
 

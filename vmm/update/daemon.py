@@ -1,7 +1,4 @@
-"""The process ``python3 -m vmm.update``: puts the parts together, serves systemd's socket, ends when idle.
-
-With the word ``settle`` or ``bless`` it asks the daemon to judge this boot, and prints what came of it.
-"""
+"""The process ``python3 -m vmm.update``: puts the parts together, serves systemd's socket, ends when idle."""
 
 from __future__ import annotations
 
@@ -16,9 +13,9 @@ from pathlib import Path
 
 from vmm import wire
 from vmm.audit.client import AuditClient
-from vmm.errors import Unavailable, UserError
+from vmm.errors import Unavailable
 from vmm.notify import notify
-from vmm.paths import APPLIED_CONFIG, UPDATE_SOCKET, UPDATE_STATE
+from vmm.paths import APPLIED_CONFIG, UPDATE_STATE
 from vmm.process import run as run_program
 from vmm.update import host
 from vmm.update.environment import Environment, How
@@ -40,10 +37,12 @@ def environment(folder: Path) -> Environment:
     store = Store(folder)
     if store.damaged:
         print(f"update: {store.damaged}", file=sys.stderr, flush=True)
+    system = HostSystem(running.version, running.root_hash)
+    system.mount_esp()
     return Environment(
         folder=folder,
         running=running,
-        system=HostSystem(running.version, running.root_hash),
+        system=system,
         floor=open_floor(folder),
         store=store,
         recorder=Recorder(AuditClient().append_sync, store, time.time),
@@ -92,19 +91,8 @@ async def _idle(service: Service, seconds: float) -> None:
             return
 
 
-def ask(method: str, path: Path = UPDATE_SOCKET) -> str:
-    """Have the daemon settle this boot. Returns: a line for the journal. Raises: UserError as the daemon answers."""
-    verdict = asyncio.run(wire.call(path, method))["verdict"]
-    return " ".join(filter(None, (verdict["kind"], verdict["version"], verdict["reason"])))
-
-
 def run() -> None:
-    """The program. Raises: UserError."""
-    if words := sys.argv[1:]:
-        if words not in (["settle"], ["bless"]):
-            raise UserError(f"not settle or bless: {' '.join(words)}")
-        print(ask(words[0]))
-        return
+    """The program. Raises: UserError when this is no host of ours."""
     try:
         core = frozenset({pwd.getpwnam(CORE_USER).pw_uid})
     except KeyError:

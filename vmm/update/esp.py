@@ -58,7 +58,16 @@ def entries(linux: Path = LINUX) -> list[BootEntry]:
 def mark_bad(entry: BootEntry) -> BootEntry:
     """Make systemd-boot pass over an entry: no tries left. Raises: OSError."""
     name = f"holdfast_{entry.version}+0" + (f"-{entry.done}" if entry.done is not None else "") + ".efi"
-    path = entry.path.with_name(name)
-    os.replace(entry.path, path)
-    sync_folder(path.parent)
-    return replace(entry, path=path, left=0)
+    return replace(entry, path=_rename(entry.path, name), left=0)
+
+
+def mark_good(entry: BootEntry) -> BootEntry:
+    """Make systemd-boot start an entry without counting, as systemd-bless-boot(8) does. Raises: OSError."""
+    return replace(entry, path=_rename(entry.path, f"holdfast_{entry.version}.efi"), left=None, done=None)
+
+
+def _rename(path: Path, name: str) -> Path:
+    target = path.with_name(name)
+    os.replace(path, target)
+    sync_folder(target.parent)
+    return target

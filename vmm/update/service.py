@@ -15,9 +15,10 @@ from vmm import wire
 from vmm.errors import Conflict, Forbidden, NotFound, Unavailable, UserError
 from vmm.update import slots
 from vmm.update.bundle import Unpacker
-from vmm.update.calls import Check, Download, History, Import, Leave, Nothing, Parameters, convert
+from vmm.update.calls import Check, Condemn, Download, History, Import, Leave, Nothing, Parameters, convert
 from vmm.update.environment import Environment, How
 from vmm.update.job import Job
+from vmm.update.settle import Verdict
 from vmm.update.types import Phase, Slot, Status
 from vmm.update.work import Work
 
@@ -104,10 +105,17 @@ class Service:
                 return await self._import(convert(request.params, Import), channel)
             case "reboot":
                 return await self._leave(convert(request.params, Leave).how)
-            case "settle" | "bless":
+            case "settle" | "bless" | "condemn":
                 if uid not in (0, os.geteuid()):
                     raise Forbidden(f"{request.method} is for the host itself")
-                return await self._settle()
+                match request.method:
+                    case "settle":
+                        return await self._judge(self._work.settle)
+                    case "bless":
+                        return await self._judge(self._work.bless)
+                reason = convert(request.params, Condemn).reason
+                await self._judge(partial(self._work.condemn, reason))
+                return await self._leave("reboot")
         raise NotFound(f"the updater has no method {request.method!r}")
 
     async def _start(self, wanted: Parameters, body: Callable[..., None]) -> Status:
@@ -175,12 +183,12 @@ class Service:
         await self._ending(run())
         return await self._status()
 
-    async def _settle(self) -> dict[str, Any]:
+    async def _judge(self, judgement: Callable[[], Verdict]) -> dict[str, Any]:
         self._begin()
-        found: list[Any] = []
+        found: list[Verdict] = []
 
         async def run() -> None:
-            found.append(await asyncio.to_thread(self._work.settle))
+            found.append(await asyncio.to_thread(judgement))
 
         await self._ending(run())
         return {"verdict": msgspec.to_builtins(found[0])}

@@ -115,6 +115,10 @@ class Store:
             return ""
         return failure.reason[:1000] if failure.version == version else ""
 
+    def note_gate_failure(self, version: str, reason: str, time: str) -> None:
+        """Leave word of why a version is about to be given up, for the boot after this one. Raises: OSError."""
+        atomic.write(self._gate, msgspec.json.encode(GateFailure(version, reason, time)), mode=0o600)
+
     def history(self) -> list[Event]:
         """What happened, oldest first; lines that cannot be read are left out."""
         try:

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from mmap import mmap
 from pathlib import Path
 from typing import Literal, Protocol
+from uuid import UUID
 
 from vmm.config import gpt
 from vmm.paths import ROOT
@@ -22,6 +23,8 @@ _SYSUPDATE = "/usr/lib/systemd/systemd-sysupdate"
 _BLKFLSBUF = 0x1261
 _UNFINISHED = ".#sysupdate"
 _WRITE_TIMEOUT_S, _VERIFY_TIMEOUT_S = 1800.0, 1800.0
+
+_ESP_TYPE = UUID("c12a7328-f81f-11d2-ba4b-00a0c93ec93b")
 
 Definitions = Literal["slot", "uki"]
 
@@ -100,6 +103,19 @@ class HostSystem:
         except OSError as error:
             raise Refused("slots", f"the running system's partition {uuid} is not found: {error.strerror}") from None
         return (self._root / "sys/class/block" / partition).resolve().parent.name
+
+    def mount_esp(self) -> None:
+        """Mount the EFI system partition of the running system's disk, for this process and its children alone.
+
+        Not by its label or UUID: a stick with an installation image has the same ones. Raises: Refused; CommandFailed.
+        """
+        if os.path.ismount(self._root / "efi"):
+            return
+        partition = next((p for p in self.table().partitions if p.type == _ESP_TYPE), None)
+        if partition is None:
+            raise Refused("slots", "the system disk has no EFI system partition")
+        options = "umask=0077,nodev,nosuid,noexec"
+        run(["mount", "-t", "vfat", "-o", options, self.device(partition), self._root / "efi"], timeout=60)
 
     def entries(self) -> list[BootEntry]:
         """See System."""

@@ -12,7 +12,7 @@ from vmm.errors import Conflict, Unavailable, UserError
 from vmm.update import choice, clock, install, slots, targets, trust
 from vmm.update.environment import Enter, Environment
 from vmm.update.errors import Refused
-from vmm.update.esp import BootEntry, mark_bad
+from vmm.update.esp import BootEntry, mark_bad, mark_good
 from vmm.update.job import Job
 from vmm.update.records import Caller, Type
 from vmm.update.settle import Verdict, judge, newest_usable
@@ -138,6 +138,29 @@ class Work:
                 )
                 env.store.change(installed=None)
         return verdict
+
+    def bless(self) -> Verdict:
+        """The running version has passed its gate: it is kept, and the floor rises to its epoch. Raises: UserError."""
+        with _named_errors():
+            own = self._own_entry()
+            if own is not None and not own.blessed:
+                mark_good(own)
+        return self.settle()
+
+    def condemn(self, reason: str) -> Verdict:
+        """The running version has failed its gate: it gets no further try. Raises: UserError."""
+        env = self._env
+        with _named_errors():
+            env.store.note_gate_failure(env.running.version, reason, clock.rfc3339(env.now()))
+            own = self._own_entry()
+            if own is None or own.blessed:
+                raise Conflict("the running version is not on trial")
+            mark_bad(own)
+        return Verdict("trial", env.running.version, reason)
+
+    def _own_entry(self) -> BootEntry | None:
+        entries, root_hash = self._env.system.entries(), self._env.running.root_hash
+        return next((entry for entry in entries if entry.uki is not None and entry.uki.root_hash == root_hash), None)
 
     def _record_failure(self, verdict: Verdict, entries: list[BootEntry]) -> None:
         env = self._env

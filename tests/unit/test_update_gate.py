@@ -1,0 +1,70 @@
+"""The health gate: what keeps a version on trial, what sends it back, and what is left for the boot after that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.unit.test_update_machine import World, boot, install, make_world
+from vmm.errors import Conflict, Unavailable
+from vmm.update import gate
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return make_world(tmp_path)
+
+
+def fails(times: int, message: str = "not yet") -> Callable[[], None]:
+    left = [times]
+
+    def check() -> None:
+        if left[0]:
+            left[0] -= 1
+            raise Unavailable(message)
+
+    return check
+
+
+def test_checks_are_waited_for_in_order() -> None:
+    seen: list[str] = []
+    checks = {"a": fails(2), "b": lambda: seen.append("b"), "c": fails(1)}
+    assert gate.first_failure(checks, 60, look=0) == ""
+    assert seen == ["b"]
+
+
+def test_the_first_that_does_not_come_true_in_time_is_named() -> None:
+    checks = {"a": fails(0), "guest": fails(1 << 30, "the probe guest was not ready"), "c": fails(0)}
+    assert gate.first_failure(checks, 0.02, look=0.01) == "guest: the probe guest was not ready"
+
+
+def test_a_version_that_passed_is_kept(world: World) -> None:
+    install(world)
+    boot(world, "1.1.0")
+    assert world.work.bless().kind == "blessed"
+    assert [entry.path.name for entry in world.machine.entries()] == ["holdfast_1.1.0.efi", "holdfast_1.0.0.efi"]
+    assert world.env.floor.read() == 1
+    assert world.work.bless().kind == "nothing"
+
+
+def test_a_version_that_failed_gets_no_further_try_and_its_reason_is_known_afterwards(world: World) -> None:
+    install(world)
+    boot(world, "1.1.0")
+    world.work.condemn("guest: the probe guest was not ready")
+    assert world.machine.entries()[0].bad
+    boot(world, "1.0.0")
+    verdict = world.work.settle()
+    assert (verdict.kind, verdict.version, verdict.reason) == (
+        "failed",
+        "1.1.0",
+        "guest: the probe guest was not ready",
+    )
+    assert world.env.store.state.failed[0].reason == "guest: the probe guest was not ready"
+
+
+def test_a_version_that_was_kept_cannot_be_condemned(world: World) -> None:
+    with pytest.raises(Conflict, match="not on trial"):
+        world.work.condemn("because")
+    assert not world.machine.entries()[0].bad
