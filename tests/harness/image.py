@@ -67,7 +67,8 @@ class Image:
         run(["cp", "--sparse=always", "--reflink=auto", self.disk, target])
         try:
             esp = find_esp(target)
-            esp.put(self.test_addon, f"EFI/Linux/holdfast_{self.version}.efi.extra.d/test.addon.efi")
+            # For every version, as hosts under test are updated too (systemd-stub(7), global addons).
+            esp.put(self.test_addon, "loader/addons/test.addon.efi")
             esp.put(self.test_db, "loader/keys/auto/db.auth")
         except UserError:
             target.unlink()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from image.builder.assemble import build_image
-from image.builder.layout import Layout, digest
-from vmm.process import run
+from image.builder.layout import Layout
 
 _SOURCES = ("mkosi.conf", "image", "vmm", "signing", "tests/harness")
 FOLDER = Path("build/test/releases")
