@@ -28,7 +28,7 @@ run: image $(GUESTS) ## boot the image in QEMU and try it with the command line 
 test: test-unit test-host ## all tests: without an image, then on the booted one
 
 test-unit: ## tests that need no image
-	@$(TOOLS) python3 -m pytest tests/unit -q $(if $(T),-k '$(T)')
+	@$(TOOLS) python3 -m pytest tests/unit -q -n auto $(if $(T),-k '$(T)')
 
 test-host: image $(GUESTS) ## tests on the booted image; the first one makes the checkpoint
 	@$(TOOLS) python3 -m pytest tests/host -q --durations=10 $(if $(T),-k '$(T)')

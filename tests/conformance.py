@@ -107,7 +107,7 @@ def markdown(report: Report) -> str:
         passed = sum(outcome == "passed" for outcome in line.tests.values())
         tests = f"{passed}/{len(line.tests)}" if line.tests else "-"
         text.append(f"| {line.id:{width}} | {line.claim:11} | {line.state.value:7} | {tests:5} | {line.name} |")
-    text += ["", "## ESR", "", "Requirements claimed, by result; \"no test\" and \"not run\" prove nothing.", ""]
+    text += ["", "## ESR", "", 'Requirements claimed, by result; "no test" and "not run" prove nothing.', ""]
     for bullet in report.esr:
         counted = ", ".join(f"{bullet.states[s.value]} {s.value}" for s in State if s.value in bullet.states)
         text.append(f"- {bullet.id} ({counted or 'nothing claimed'}): {bullet.text}")

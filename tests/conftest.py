@@ -27,7 +27,7 @@ class Recorder:
     """Collects how each test ended and writes it down at the end of the run."""
 
     def __init__(self) -> None:
-        self._items: dict[str, pytest.Item] = {}
+        self._properties: dict[str, dict[str, list[str]]] = {}
         self._outcomes: dict[str, str] = {}
         self._durations: dict[str, float] = {}
 
@@ -36,27 +36,32 @@ class Recorder:
         """Refuse markers that name no requirement, so that a misspelt one cannot go unnoticed."""
         known = requirements.load().ids()
         for item in items:
-            unknown = [name for name in requirement_ids(item) if name not in known]
-            if unknown:
+            ids = requirement_ids(item)
+            if unknown := [name for name in ids if name not in known]:
                 raise pytest.UsageError(f"{item.nodeid}: sfr marker names no requirement: {', '.join(unknown)}")
-            self._items[item.nodeid] = item
+            # Reports carry these from the processes that run the tests to the one that records them.
+            item.user_properties.append(("sfr", ids))
+            item.user_properties.append(("markers", sorted({marker.name for marker in item.iter_markers()})))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Join set-up, call and tear-down of a test: a failure in any of them is the test's."""
+        self._properties[report.nodeid] = {name: list(names) for name, names in report.user_properties}  # type: ignore[call-overload]
         self._durations[report.nodeid] = self._durations.get(report.nodeid, 0.0) + report.duration
         decisive = report.when == "call" or report.outcome != "passed"
         if decisive and self._outcomes.get(report.nodeid) != "failed":
             self._outcomes[report.nodeid] = report.outcome
 
-    def pytest_sessionfinish(self) -> None:
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Write the results over those of earlier runs against the same image."""
+        if hasattr(session.config, "workerinput"):
+            return  # the process that started this one collects everything
         found = [
             Result(
                 nodeid=name,
                 outcome=outcome,
                 duration=round(self._durations[name], 3),
-                sfr=requirement_ids(self._items[name]),
-                markers=sorted({marker.name for marker in self._items[name].iter_markers()}),
+                sfr=self._properties[name]["sfr"],
+                markers=self._properties[name]["markers"],
             )
             for name, outcome in self._outcomes.items()
         ]

@@ -101,9 +101,7 @@ class Agent:
         """Wait until the agent answers. Raises: Expired."""
         self._checked("python", seconds, source="result = True", argument=None)
 
-    def exec(
-        self, argv: Sequence[str], *, check: bool = True, seconds: float = 30, input: bytes = b""
-    ) -> Done:
+    def exec(self, argv: Sequence[str], *, check: bool = True, seconds: float = 30, input: bytes = b"") -> Done:
         """Run a program as root and wait for its end; ``seconds`` is scaled.
 
         Raises: AgentError on a non-zero exit code if ``check``; Expired when the agent does not answer.

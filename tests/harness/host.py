@@ -170,6 +170,11 @@ class Host:
         """Wait until the host restarts itself (or did so since the last call). Raises: Expired."""
         self.qmp.wait_event("RESET", seconds * self.acceleration.scale)
 
+    @property
+    def repository_socket(self) -> Path:
+        """Where a RepositoryServer must listen for the host to find it."""
+        return self._sockets.repository
+
     # -- faults --------------------------------------------------------------------------------------------------
 
     def pause(self) -> None:

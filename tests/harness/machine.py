@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.harness import firmware
+from tests.harness import firmware, repository
 from tests.harness.accel import Acceleration
 from tests.harness.agent import PORT_NAME
 from tests.harness.emulator import emulator
@@ -63,6 +64,11 @@ class Sockets:
         return self.directory / "tpm"
 
     @property
+    def repository(self) -> Path:
+        """Where the host's connections to the update repository arrive (repository.py)."""
+        return self.directory / "repository"
+
+    @property
     def disk(self) -> Path:
         """The NBD disk server, when there is one."""
         return self.directory / "disk"
@@ -93,6 +99,8 @@ def qemu_command(
     served_disk: bool,
 ) -> list[Argument]:
     """The command for a machine that waits (-S) for its test to connect; ``smbios`` are files of type 11 strings."""
+    answering = f"{sys.executable} -m tests.harness.pipe {sockets.repository}"
+    releases = f"tcp:{repository.ADDRESS}:{repository.PORT}-cmd:{answering}"
     command: list[Argument] = [
         emulator(acceleration.name), "-nodefaults", "-no-user-config", "-display", "none", "-S",
         "-machine", "q35,smm=on,pflash0=code,pflash1=variables",
@@ -106,7 +114,7 @@ def qemu_command(
         "-chardev", f"socket,id=tpm,path={sockets.tpm}",
         "-tpmdev", "emulator,id=tpm0,chardev=tpm", "-device", "tpm-crb,tpmdev=tpm0",
         # Port 0: the kernel picks a free one, so that two runs never fight for it.
-        "-netdev", f"user,id=management,hostfwd=tcp:127.0.0.1:0-10.0.2.15:{_API_PORT}",
+        "-netdev", f"user,id=management,hostfwd=tcp:127.0.0.1:0-10.0.2.15:{_API_PORT},guestfwd={releases}",
         "-device", f"virtio-net-pci,netdev=management,mac={MANAGEMENT_MAC},romfile=",
         "-netdev", f"stream,id=operational,server=on,addr.type=unix,addr.path={sockets.link}",
         "-device", f"virtio-net-pci,netdev=operational,mac={OPERATIONAL_MAC},romfile=",

@@ -10,7 +10,7 @@ from pathlib import Path
 from image.builder.assemble import build_image
 from image.builder.layout import Layout
 
-_SOURCES = ("mkosi.conf", "image", "vmm", "signing", "tests/harness")
+_SOURCES = ("mkosi.conf", "image", "vmm", "signing", "tests/harness/cmdline")
 FOLDER = Path("build/test/releases")
 
 Change = Callable[[Path], None]

@@ -15,8 +15,12 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from tests.harness.repository import URL, server_certificate
+
 MANAGEMENT_MAC = "52:54:00:00:00:01"
 OPERATIONAL_MAC = "52:54:00:00:00:02"
+REPOSITORY = Path("build/test/repository")
+"""Key and certificate of the server of updates."""
 ROLES = ("admin", "auditor", "operator", "user")
 _SEED_CREDENTIAL = "holdfast.seed"
 
@@ -55,9 +59,7 @@ def make_identity(directory: Path, name: str, role: str = "admin") -> Identity:
     )
     pem = serialization.Encoding.PEM
     identity.key.touch(mode=0o600)
-    identity.key.write_bytes(
-        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
+    identity.key.write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
     identity.certificate.write_bytes(certificate.public_bytes(pem))
     return identity
 
@@ -79,6 +81,7 @@ def configuration(administrators: Sequence[Identity], **changes: Any) -> dict[st
             {"name": i.name, "role": i.role, "certificate": i.certificate.read_text()} for i in administrators
         ],
         "time_servers": [],
+        "update": {"repository": URL, "ca": server_certificate(REPOSITORY)[1].read_text()},
     }
     return {**document, **changes}
 

@@ -132,8 +132,7 @@ def test_the_release_ignores_the_test_extension(
     fresh_disk: Files, built_image: Image, seed: str, clients: dict[str, Identity]
 ) -> None:
     """With the release's db, an addon signed by the test key has no effect: the host works, no command gets in."""
-    addon = f"EFI/Linux/holdfast_{built_image.version}.efi.extra.d/test.addon.efi"
-    open_disk(fresh_disk).put(built_image.test_addon, addon)
+    open_disk(fresh_disk).put(built_image.test_addon, "loader/addons/test.addon.efi")
     with Host(fresh_disk, smbios=[*agent_credentials(), seed], faulty_disk=True) as host:
         host.wait_api()
         assert host.api(clients["admin"]).call("GET", "/v1/configuration")["hostname"] == "hf1"

@@ -9,6 +9,8 @@ import pytest
 
 from tests.unit.test_cli_rig import FakeApi, enrolled, fake_api, holdfast
 
+_LONGEST_ID = 60
+
 
 @pytest.fixture
 def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeApi]:
@@ -18,3 +20,8 @@ def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeApi]:
         holdfast("remote", "add", "hf1", server.url, "--fingerprint", server.fingerprint)
         server.seen.clear()
         yield server
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Long values are named by their argument: certificates differ between the processes that share the tests."""
+    return argname if isinstance(val, str | bytes) and len(val) > _LONGEST_ID else None

@@ -73,9 +73,7 @@ def run(tmp_path: Path, required: Path, found: Results) -> int:
     )  # fmt: skip
 
 
-def test_only_a_failed_test_makes_it_fail(
-    tmp_path: Path, required: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_only_a_failed_test_makes_it_fail(tmp_path: Path, required: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path, required, Results()) == 0
     assert "not built" in capsys.readouterr().out
     assert run(tmp_path, required, Results("hash", [result("t::a", "failed", "FDP_A.1")])) == 1

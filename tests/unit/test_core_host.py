@@ -33,7 +33,7 @@ def as_root(monkeypatch: pytest.MonkeyPatch, uid: int = 0) -> None:
 @pytest.mark.parametrize(
     ("method", "args", "sent"),
     [
-        ("check", {}, {"override_expiry": False, "source": None}),
+        ("check", {}, {"override_expiry": False, "source": ""}),
         ("check", {"source": "bundle", "override_expiry": True}, {"override_expiry": True, "source": "bundle"}),
         ("download", {}, {"version": None, "retry_failed": False}),
         ("download", {"version": "1.2.0", "retry_failed": True}, {"version": "1.2.0", "retry_failed": True}),

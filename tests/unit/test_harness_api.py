@@ -65,7 +65,11 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         [web.get("/v1/banner", banner), web.post("/v1/echo", echo), web.get("/v1/no", refuse),
          web.get("/v1/machines/vm1/console", console), web.get("/v1/machines/vm2/console", console)]
     )  # fmt: skip
-    loop, runner, started = asyncio.new_event_loop(), web.AppRunner(application), threading.Event()
+    loop, runner, started = (
+        asyncio.new_event_loop(),
+        web.AppRunner(application, shutdown_timeout=0.1),
+        threading.Event(),
+    )
     port: list[int] = []
 
     async def start() -> None:

@@ -140,7 +140,7 @@ def test_the_test_disk_adds_the_extension_and_leaves_the_release_alone(image: Im
     before = image.disk.read_bytes()
     image.write_test_disk(tmp_path / "copy.raw")
     esp = find_esp(tmp_path / "copy.raw")
-    esp.get("EFI/Linux/holdfast_1.2.3.efi.extra.d/test.addon.efi", tmp_path / "out")
+    esp.get("loader/addons/test.addon.efi", tmp_path / "out")
     assert (tmp_path / "out").read_bytes() == b"addon"
     esp.get("loader/keys/auto/db.auth", tmp_path / "out")
     assert (tmp_path / "out").read_bytes() == b"new db"

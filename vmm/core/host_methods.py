@@ -57,8 +57,7 @@ class HostHandlers:
         return await self._updater.history()
 
     async def _check(self, args: arguments.CheckUpdate, call: Call) -> Any:
-        source = args.source or None
-        return await self._updater.begin("check", call, source=source, override_expiry=args.override_expiry)
+        return await self._updater.begin("check", call, source=args.source, override_expiry=args.override_expiry)
 
     async def _download(self, args: arguments.DownloadUpdate, call: Call) -> Any:
         return await self._updater.begin("download", call, version=args.version, retry_failed=args.retry_failed)

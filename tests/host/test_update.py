@@ -1,0 +1,267 @@
+"""A host takes releases, keeps good ones, comes back from bad ones, and lets nobody on the way do harm."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness import releases
+from tests.harness.api import Api, ApiError
+from tests.harness.host import Host
+from tests.harness.image import Image
+from tests.harness.publishing import Publisher
+from tests.harness.repository import RepositoryServer
+from tests.harness.seed import REPOSITORY, Identity
+from tests.harness.waiting import poll
+from tests.host.conftest import Guests
+
+RUNNING = Path("build/image/release")
+PAYLOAD_SHARE = 0.15
+"""A patch release costs at most this share of the whole payload on the wire."""
+
+
+@pytest.fixture(scope="session")
+def next_release(built_image: Image) -> releases.Built:
+    """The same host software as the next version."""
+    return releases.build("next", "0.1.1")
+
+
+@pytest.fixture(scope="session")
+def offered(next_release: releases.Built) -> Publisher:
+    """A repository with the running release and the next one."""
+    made = Publisher(releases.FOLDER / "offered")
+    made.publish(RUNNING)
+    made.publish(next_release.folder)
+    return made
+
+
+@pytest.fixture
+def server(host: Host, offered: Publisher) -> Iterator[RepositoryServer]:
+    """The web server that the host's configuration names, offering the next release."""
+    with RepositoryServer(offered.folder, host.repository_socket, REPOSITORY) as running:
+        yield running
+
+
+class Updates:
+    """What an operator does with updates."""
+
+    def __init__(self, host: Host, admin: Identity) -> None:
+        self.host = host
+        self.admin = admin
+
+    @property
+    def api(self) -> Api:
+        """The API of the host, whichever start of it this is."""
+        return self.host.api(self.admin)
+
+    def status(self) -> Any:
+        """What the updater says of itself and the slots."""
+        return self.api.call("GET", "/v1/update", seconds=60)
+
+    def settled(self) -> Any:
+        """The status once this start has been judged."""
+        self.host.agent.exec(["systemctl", "is-system-running", "--wait"], check=False, seconds=120)
+        return self.status()
+
+    def do(self, job: str, *, failing: bool = False, **arguments: Any) -> Any:
+        """Start a job and wait for its end; the status then. A job that fails after its start says so in there."""
+        body = arguments if job in ("check", "download") else None
+        self.api.call("POST", f"/v1/update/{job}", body, seconds=120)
+        status: Any = poll(self._rest, 240 * self.host.acceleration.scale, f"{job} ends")
+        assert bool(status["error"]) == failing, status
+        return status
+
+    def _rest(self) -> Any:
+        status = self.status()
+        return status if status["phase"] in ("idle", "staged", "installed") else None
+
+    def reboot(self) -> None:
+        """Restart the host and wait until its API answers again."""
+        self.api.call("POST", "/v1/host/reboot", seconds=120)
+        self.host.wait_reset()
+        self.host.wait_api(120)
+
+    def take(self) -> None:
+        """Install what is offered, and restart."""
+        self.do("check")
+        self.do("download")
+        self.do("apply")
+        self.reboot()
+
+    def records(self, kind: str) -> list[Any]:
+        """The audit trail's records of one type."""
+        found: list[Any] = []
+        after: int | None = 0
+        while after is not None:
+            page = self.api.call("GET", f"/v1/audit?after={after}&limit=1000", seconds=60)
+            found += [record for record in page["records"] if record["type"] == kind]
+            after = page["next"]
+        return found
+
+
+@pytest.fixture
+def updates(host: Host, clients: dict[str, Identity]) -> Updates:
+    """An administrator who updates the host, which is done with judging its own start."""
+    made = Updates(host, clients["admin"])
+    made.settled()
+    return made
+
+
+def slot(status: Any, name: str) -> Any:
+    """One of the two slots."""
+    return next(slot for slot in status["slots"] if slot["name"] == name)
+
+
+def wire_size(publisher: Publisher, version: str) -> int:
+    """Bytes of a whole release as it is offered."""
+    folder = publisher.folder / "targets" / f"holdfast_{version}"
+    return sum(f.stat().st_size for f in folder.iterdir() if ".from-" not in f.name)
+
+
+@pytest.mark.sfr("FPT_TUD_EXT.1", "FPT_TUD_EXT.2", "FMT_MOF_EXT.1", "FAU_GEN.1")
+def test_a_release_is_taken_kept_and_left_again(
+    updates: Updates, server: RepositoryServer, offered: Publisher, guests: Guests
+) -> None:
+    """From the check to the next version and back, with a guest that runs on meanwhile and again afterwards."""
+    view = guests.run("steady")
+    process = guests.process(view["uuid"])
+    before = updates.status()
+    assert (before["running"], before["floor"], before["floor_source"]) == ("0.1.0", 1, "tpm")
+    assert slot(before, "b")["state"] == "empty"
+
+    assert updates.do("check")["available"] == "0.1.1"
+    asked = server.sent
+    assert updates.do("download")["staged"] == "0.1.1"
+    assert server.sent - asked <= PAYLOAD_SHARE * wire_size(offered, "0.1.1")
+    installed = updates.do("apply")
+    assert (installed["installed"], slot(installed, "b")["state"], slot(installed, "b")["tries"]) == (
+        "0.1.1",
+        "trying",
+        3,
+    )
+    with pytest.raises(ApiError, match="waits for its reboot"):
+        updates.do("download")
+    assert guests.process(view["uuid"]) == process, "the guest was not left alone"
+
+    updates.reboot()
+    after = updates.settled()
+    assert after["running"] == "0.1.1"
+    assert (slot(after, "b")["state"], slot(after, "b")["tries"], slot(after, "a")["state"]) == (
+        "running",
+        None,
+        "good",
+    )
+    assert updates.api.call("GET", "/v1/version")["slot"] == "b"
+    poll(lambda: updates.api.call("GET", "/v1/machines/steady")["state"] == "running", 240, "the guest runs again")
+    for kind in ("update.check", "update.download", "update.apply"):
+        ours = [r for r in updates.records(kind) if r["actor"]["id"] == "admin"]
+        assert {(r["phase"], r["outcome"]) for r in ours} >= {("intent", "pending"), ("outcome", "success")}, kind
+    assert updates.records("update.bless")[-1]["object"]["id"] == "0.1.1"
+
+    updates.do("rollback")
+    updates.reboot()
+    back = updates.settled()
+    assert (back["running"], slot(back, "b")["state"]) == ("0.1.0", "bad")
+    assert updates.api.call("GET", "/v1/volumes/steady-disk")["name"] == "steady-disk"
+
+
+@pytest.fixture(scope="session")
+def without_core(built_image: Image) -> releases.Built:
+    """A release whose core does not start; its gate is also less patient, so that the test need not be."""
+
+    def change(sources: Path) -> None:
+        main = sources / "vmm/core/__main__.py"
+        main.write_text("raise SystemExit('this release is broken')\n")
+        gate = sources / "vmm/update/gate.py"
+        text = gate.read_text()
+        assert "DEADLINE_S = 600.0" in text
+        gate.write_text(text.replace("DEADLINE_S = 600.0", "DEADLINE_S = 30.0"))
+
+    return releases.build("without-core", "0.1.2", change=change)
+
+
+@pytest.mark.sfr("FPT_TUD_EXT.1", "FAU_GEN.1")
+def test_a_release_whose_service_does_not_start_goes_back_with_the_reason(
+    updates: Updates, host: Host, without_core: releases.Built
+) -> None:
+    """One trial, then the version before by itself; the reason is on record, and it is not taken again unless told."""
+    bad = Publisher(releases.FOLDER / "bad")
+    bad.publish(without_core.folder)
+    with RepositoryServer(bad.folder, host.repository_socket, REPOSITORY):
+        updates.do("check")
+        updates.do("download")
+        updates.do("apply")
+        updates.api.call("POST", "/v1/host/reboot", seconds=120)
+        host.wait_reset()
+        # The second restart is the gate's own decision.
+        host.wait_reset(180)
+        host.wait_api(120)
+        status = updates.settled()
+        assert status["running"] == "0.1.0"
+        (failed,) = status["failed"]
+        assert failed["version"] == "0.1.2"
+        assert failed["reason"].startswith("health: "), failed
+        assert slot(status, "b")["state"] == "bad"
+        record = updates.records("update.failed")[-1]
+        assert (record["outcome"], record["reason"], record["object"]["id"]) == ("failure", failed["reason"], "0.1.2")
+        with pytest.raises(ApiError, match="failed here before"):
+            updates.do("download")
+
+
+@pytest.mark.sfr("FPT_TUD_EXT.1", "FCS_COP.1/Sig", "FAU_GEN.1")
+def test_what_is_tampered_with_is_refused_by_a_named_layer(
+    updates: Updates, host: Host, offered: Publisher, workdir: Path
+) -> None:
+    """Every refusal names the layer, in the answer and in the trail; nothing is written to the other slot."""
+
+    def flip(pattern: str) -> Any:
+        def tamper(folder: Path) -> None:
+            (file,) = sorted(folder.glob(pattern))[-1:]
+            content = bytearray(file.read_bytes())
+            content[len(content) // 2] ^= 1
+            file.write_bytes(content)
+
+        return tamper
+
+    def without_signature(folder: Path) -> None:
+        file = folder / "metadata/timestamp.json"
+        document = json.loads(file.read_text())
+        document["signatures"][0]["sig"] = "00" * 64
+        file.write_text(json.dumps(document))
+
+    def endless(folder: Path) -> None:
+        with (folder / "metadata/timestamp.json").open("ab") as file:
+            file.write(b" " * (8 << 20))
+
+    def emptied(folder: Path) -> None:
+        shutil.rmtree(folder / "targets")
+
+    attacks = {
+        "signature": without_signature,
+        "snapshot": flip("metadata/*.snapshot.json"),
+        "targets": flip("metadata/*.targets.json"),
+        "endless": endless,
+        "no files": emptied,
+        "delta and whole": flip("targets/holdfast_0.1.1/*.root*"),
+    }
+    tampered = workdir / "tampered"
+    for name, attack in attacks.items():
+        attack(offered.copy(tampered))
+        if name == "delta and whole":
+            flip("targets/holdfast_0.1.1/*.root.zst")(tampered)
+        with RepositoryServer(tampered, host.repository_socket, REPOSITORY), pytest.raises((ApiError, AssertionError)):
+            updates.do("check")
+            updates.do("download")
+    shutil.rmtree(tampered)
+    status = updates.status()
+    assert slot(status, "b")["state"] == "empty" and not status["staged"], status
+    records = [record for kind in ("update.check", "update.download") for record in updates.records(kind)]
+    refused = [r for r in records if r["outcome"] == "failure" and r["producer"]["unit"] == "holdfast-host"]
+    assert len(refused) == len(attacks)
+    # A file that is not there is no attack by itself.
+    assert [r["extra"].get("layer") for r in refused].count(None) == 1, refused
