@@ -7,7 +7,7 @@ TOOLS   := $(BUILDER) tools
 RUFF    := build/venv/bin/ruff
 GUESTS  := build/test/guests/linux.raw
 
-.PHONY: help image run test test-unit test-host lint bench conformance release clean
+.PHONY: help image run test test-unit test-host lint bench faults conformance release clean
 
 help: ## explain the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -43,6 +43,9 @@ $(RUFF):
 
 bench: image $(GUESTS) ## measure, against a stock image of the same packages in the same run
 	@$(TOOLS) python3 -m tests.bench
+
+faults: image $(GUESTS) ## cut the power while an update is written, many times; F="--cuts 200 --starts 20"
+	@$(TOOLS) python3 -m tests.faults $(F)
 
 conformance: ## join the last test results with the requirements
 	@$(TOOLS) python3 -m tests.conformance

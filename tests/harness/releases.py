@@ -19,16 +19,18 @@ Change = Callable[[Path], None]
 
 @dataclass(frozen=True)
 class Built:
-    """A release: its version and the folder that `holdfast-release publish` takes."""
+    """A release: its version, the folder that `holdfast-release publish` takes, and all that the build left."""
 
     version: str
     folder: Path
+    build: Path
 
 
-def build(name: str, version: str, *, change: Change | None = None, epoch: int = 1) -> Built:
+def build(name: str, version: str, *, change: Change | None = None, epoch: int = 1, keys: Path | None = None) -> Built:
     """Build a release out of a copy of the sources, unless that was done before.
 
-    Arguments: ``name`` is that of the folder in build/test/releases. Raises: what build_image raises.
+    Arguments: ``name`` is that of the folder in build/test/releases; ``keys`` are release keys, in place of the
+    development ones. Raises: what build_image raises.
     """
     layout = Layout.from_environment()
     copy = FOLDER.absolute() / name / "sources"
@@ -45,10 +47,12 @@ def build(name: str, version: str, *, change: Change | None = None, epoch: int =
     if change is not None:
         change(copy)
     there = replace(layout, repository=copy, version=version, epoch=epoch)
+    if keys is not None:
+        there = replace(there, keys=keys.absolute(), release=True)
     there.build.mkdir(exist_ok=True)
     for shared in ("mkosi.cache", "mkosi.packages", "tools"):
         link = there.build / shared
         if not link.is_symlink():
             link.symlink_to(layout.build / shared)
     build_image(there)
-    return Built(version, there.release_folder)
+    return Built(version, there.release_folder, there.build)

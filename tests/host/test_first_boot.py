@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import time
 
 from tests.harness.host import Host
@@ -10,8 +11,9 @@ from tests.harness.image import Files
 from tests.harness.seed import Identity
 from vmm.audit.verify import Chain
 
-CUTS = (6, 10, 13, 16, 20, 25, 30)
-"""Seconds from the start of the kernel: where the power goes, one position a boot, all on one machine."""
+CUTS, FIRST_S, STEP_S = 4, 4.0, 7.0
+"""So many cuts on one machine: the first at a random moment of the seven seconds that begin ``FIRST_S`` seconds after
+the start of the kernel, each later one in the seven seconds after those of the one before."""
 
 _TAIL = 1500
 
@@ -21,12 +23,16 @@ def test_the_host_comes_back_after_power_cuts_during_its_first_boot(
 ) -> None:
     """After cuts at ever later points an undisturbed boot gives a whole host: gapless audit trail, recovery keys."""
     with Host(fresh_disk, smbios=[seed], faulty_disk=True) as host:
-        for seconds in CUTS:
+        seed_of_moments = random.SystemRandom().randrange(1 << 32)
+        print(f"moments of the cuts from seed {seed_of_moments}")
+        moments = random.Random(seed_of_moments)  # noqa: S311 - no secret
+        for number in range(CUTS):
+            seconds = FIRST_S + STEP_S * (number + moments.random())
             host.serial.expect("EFI stub: UEFI Secure Boot is enabled", 15)
             time.sleep(seconds)
             host.power_cut()
             serial = (fresh_disk.directory / "serial.log").read_text(errors="replace")
-            print(f"cut after {seconds} s, the serial console ended with: {serial[-_TAIL:]!r}")
+            print(f"cut after {seconds:.2f} s, the serial console ended with: {serial[-_TAIL:]!r}")
             host.power_on()
         host.wait_api()
         admin = host.api(clients["admin"])

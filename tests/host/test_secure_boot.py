@@ -12,11 +12,13 @@ import pytest
 from image.builder.assemble import make_uki
 from image.builder.layout import Layout
 from signing.keys import KeySet, make_development_keys
-from tests.harness import firmware
+from tests.harness import firmware, releases
 from tests.harness.agent import agent_credentials
-from tests.harness.checkpoint import Checkpoint, switched_off
+from tests.harness.ceremony import make_release_keys
+from tests.harness.checkpoint import Checkpoint, fresh, switched_off
 from tests.harness.host import Host
 from tests.harness.image import Files, Image, open_disk
+from tests.harness.machine import Hardware
 from tests.harness.seed import Identity
 from tests.harness.waiting import Expired
 from vmm.config import gpt
@@ -128,13 +130,17 @@ def test_volumes_stay_closed_to_an_image_without_the_policy_key(
         assert not host.api().reachable(0.5)
 
 
-def test_the_release_ignores_the_test_extension(
-    fresh_disk: Files, built_image: Image, seed: str, clients: dict[str, Identity]
+def test_a_release_under_release_keys_ignores_the_test_extension(
+    built_image: Image, workdir: Path, seed: str, clients: dict[str, Identity]
 ) -> None:
-    """With the release's db, an addon signed by the test key has no effect: the host works, no command gets in."""
-    open_disk(fresh_disk).put(built_image.test_addon, "loader/addons/test.addon.efi")
-    with Host(fresh_disk, smbios=[*agent_credentials(), seed], faulty_disk=True) as host:
+    """An image built and signed by the key ceremony's keys starts and works; no command gets in by the extension."""
+    keys = make_release_keys(releases.FOLDER / "ceremony")
+    release = releases.build("ceremony", "0.1.0", keys=keys)
+    files = fresh(workdir, Image.built(release.build).disk, Hardware().disk)
+    open_disk(files).put(built_image.test_addon, "loader/addons/test.addon.efi")
+    with Host(files, smbios=[*agent_credentials(), seed], faulty_disk=True) as host:
         host.wait_api()
         assert host.api(clients["admin"]).call("GET", "/v1/configuration")["hostname"] == "hf1"
         with pytest.raises(Expired):
             host.agent.wait(3)
+    files.discard()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,13 +11,16 @@ from typing import Any
 
 import pytest
 
+from tests.faults.cuts import LONGEST_S, complete, cut
+from tests.faults.staged import staged
 from tests.harness import releases
-from tests.harness.api import Api, ApiError
+from tests.harness.api import ApiError
 from tests.harness.host import Host
 from tests.harness.image import Image
 from tests.harness.publishing import Publisher
 from tests.harness.repository import RepositoryServer
 from tests.harness.seed import REPOSITORY, Identity
+from tests.harness.updates import Updates, slot
 from tests.harness.waiting import poll
 from tests.host.conftest import Guests
 
@@ -47,74 +51,12 @@ def server(host: Host, offered: Publisher) -> Iterator[RepositoryServer]:
         yield running
 
 
-class Updates:
-    """What an operator does with updates."""
-
-    def __init__(self, host: Host, admin: Identity) -> None:
-        self.host = host
-        self.admin = admin
-
-    @property
-    def api(self) -> Api:
-        """The API of the host, whichever start of it this is."""
-        return self.host.api(self.admin)
-
-    def status(self) -> Any:
-        """What the updater says of itself and the slots."""
-        return self.api.call("GET", "/v1/update", seconds=60)
-
-    def settled(self) -> Any:
-        """The status once this start has been judged."""
-        self.host.agent.exec(["systemctl", "is-system-running", "--wait"], check=False, seconds=120)
-        return self.status()
-
-    def do(self, job: str, *, failing: bool = False, **arguments: Any) -> Any:
-        """Start a job and wait for its end; the status then. A job that fails after its start says so in there."""
-        body = arguments if job in ("check", "download") else None
-        self.api.call("POST", f"/v1/update/{job}", body, seconds=120)
-        status: Any = poll(self._rest, 240 * self.host.acceleration.scale, f"{job} ends")
-        assert bool(status["error"]) == failing, status
-        return status
-
-    def _rest(self) -> Any:
-        status = self.status()
-        return status if status["phase"] in ("idle", "staged", "installed") else None
-
-    def reboot(self) -> None:
-        """Restart the host and wait until its API answers again."""
-        self.api.call("POST", "/v1/host/reboot", seconds=120)
-        self.host.wait_reset()
-        self.host.wait_api(120)
-
-    def take(self) -> None:
-        """Install what is offered, and restart."""
-        self.do("check")
-        self.do("download")
-        self.do("apply")
-        self.reboot()
-
-    def records(self, kind: str) -> list[Any]:
-        """The audit trail's records of one type."""
-        found: list[Any] = []
-        after: int | None = 0
-        while after is not None:
-            page = self.api.call("GET", f"/v1/audit?after={after}&limit=1000", seconds=60)
-            found += [record for record in page["records"] if record["type"] == kind]
-            after = page["next"]
-        return found
-
-
 @pytest.fixture
 def updates(host: Host, clients: dict[str, Identity]) -> Updates:
     """An administrator who updates the host, which is done with judging its own start."""
     made = Updates(host, clients["admin"])
     made.settled()
     return made
-
-
-def slot(status: Any, name: str) -> Any:
-    """One of the two slots."""
-    return next(slot for slot in status["slots"] if slot["name"] == name)
 
 
 def wire_size(publisher: Publisher, version: str) -> int:
@@ -254,7 +196,7 @@ def test_what_is_tampered_with_is_refused_by_a_named_layer(
         attack(offered.copy(tampered))
         if name == "delta and whole":
             flip("targets/holdfast_0.1.1/*.root.zst")(tampered)
-        with RepositoryServer(tampered, host.repository_socket, REPOSITORY), pytest.raises((ApiError, AssertionError)):
+        with RepositoryServer(tampered, host.repository_socket, REPOSITORY), pytest.raises(ApiError):
             updates.do("check")
             updates.do("download")
     shutil.rmtree(tampered)
@@ -265,3 +207,18 @@ def test_what_is_tampered_with_is_refused_by_a_named_layer(
     assert len(refused) == len(attacks)
     # A file that is not there is no attack by itself.
     assert [r["extra"].get("layer") for r in refused].count(None) == 1, refused
+
+
+@pytest.mark.sfr("FPT_TUD_EXT.1")
+def test_power_cuts_while_writing_leave_whole_systems(
+    built_image: Image, clients: dict[str, Identity], next_release: releases.Built, workdir: Path
+) -> None:
+    """A sample of `make faults`: cuts at random moments, read from outside; the last host completes the update."""
+    origin = staged(built_image, clients, next_release)
+    for last in (False, False, True):
+        seconds = random.SystemRandom().uniform(0, LONGEST_S)
+        with cut(origin, clients["admin"], next_release, seconds, workdir / "cut") as (host, found):
+            print(f"cut after {seconds:.2f} s: {found}")
+            assert not found.broken
+            if last:
+                assert complete(host, clients["admin"], next_release) == ""

@@ -13,8 +13,8 @@ import pytest
 
 from signing import cli as release_cli
 from signing.keys import open_keys
+from tests.harness.ceremony import make_release_keys
 from vmm.cli.main import build_parser
-from vmm.process import run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -153,14 +153,8 @@ def test_health_table_names_every_check() -> None:
     assert explained == {*platform, *daemon}
 
 
-def test_key_ceremony_makes_a_release_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_key_ceremony_makes_a_release_set(tmp_path: Path) -> None:
     """The commands of docs/key-ceremony.md, run as they stand, make a key set that a release build takes."""
-    text = (REPOSITORY / "docs/key-ceremony.md").read_text()
-    script = next(block for language, block in _FENCE.findall(text) if language == "sh" and "openssl req" in block)
-    run(["bash", "-eu", "-c", script], cwd=tmp_path)
-    monkeypatch.chdir(tmp_path)
-    page = REPOSITORY / "docs/key-ceremony.md"
-    release_cli.run(next(words[1:] for words in commands(page) if words[:2] == ["holdfast-release", "root"]))
-    keys = open_keys(tmp_path / "release-keys", release=True)
+    keys = open_keys(make_release_keys(tmp_path), release=True)
     assert keys.owner
     assert not keys.key("test").exists()

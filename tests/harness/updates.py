@@ -1,0 +1,73 @@
+"""What an operator does with updates of a host under test."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.harness.api import Api, ApiError
+from tests.harness.host import Host
+from tests.harness.seed import Identity
+from tests.harness.waiting import poll
+
+
+class Updates:
+    """The update commands of one host, as one administrator."""
+
+    def __init__(self, host: Host, admin: Identity) -> None:
+        self.host = host
+        self.admin = admin
+
+    @property
+    def api(self) -> Api:
+        """The API of the host, whichever start of it this is."""
+        return self.host.api(self.admin)
+
+    def status(self) -> Any:
+        """What the updater says of itself and the slots."""
+        return self.api.call("GET", "/v1/update", seconds=60)
+
+    def settled(self) -> Any:
+        """The status once this start has been judged."""
+        self.host.agent.exec(["systemctl", "is-system-running", "--wait"], check=False, seconds=120)
+        return self.status()
+
+    def do(self, job: str, **arguments: Any) -> Any:
+        """Start a job and wait for its end; the status then. Raises: ApiError when the job is refused or fails."""
+        body = arguments if job in ("check", "download") else None
+        self.api.call("POST", f"/v1/update/{job}", body, seconds=120)
+        status: Any = poll(self._rest, 240 * self.host.acceleration.scale, f"{job} ends")
+        if status["error"]:
+            raise ApiError(f"{job}: {status['error']}")
+        return status
+
+    def _rest(self) -> Any:
+        status = self.status()
+        return status if status["phase"] in ("idle", "staged", "installed") else None
+
+    def reboot(self) -> None:
+        """Restart the host and wait until its API answers again."""
+        self.api.call("POST", "/v1/host/reboot", seconds=120)
+        self.host.wait_reset()
+        self.host.wait_api(120)
+
+    def take(self) -> None:
+        """Install what is offered, and restart."""
+        self.do("check")
+        self.do("download")
+        self.do("apply")
+        self.reboot()
+
+    def records(self, kind: str) -> list[Any]:
+        """The audit trail's records of one type."""
+        found: list[Any] = []
+        after: int | None = 0
+        while after is not None:
+            page = self.api.call("GET", f"/v1/audit?after={after}&limit=1000", seconds=60)
+            found += [record for record in page["records"] if record["type"] == kind]
+            after = page["next"]
+        return found
+
+
+def slot(status: Any, name: str) -> Any:
+    """One of the two slots."""
+    return next(slot for slot in status["slots"] if slot["name"] == name)
