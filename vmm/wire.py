@@ -1,7 +1,7 @@
 """How Holdfast's daemons talk to each other: one connection a call, over Unix sockets.
 
 A connection carries one request frame, then any number of data frames in either direction,
-then exactly one result or problem frame from the server. Closing it early cancels the call.
+then exactly one result or problem frame from the server. A server may finish a call whose caller has gone.
 The server learns who is calling from the kernel (SO_PEERCRED), never from the caller.
 
 A frame is one byte of kind, four bytes of big-endian length, and the payload.
@@ -79,7 +79,10 @@ class Channel:
         return Peer(*struct.unpack("3i", raw))
 
     async def send(self, kind: Kind, payload: bytes = b"") -> None:
-        """Send a frame; returns once the other end keeps up. Raises: ConnectionError."""
+        """Send a frame; returns once the other end keeps up. Raises: ConnectionError; ValueError over MAX_FRAME."""
+        if len(payload) > MAX_FRAME:
+            # The other end would break the call off without a reason.
+            raise ValueError(f"a frame of {len(payload)} bytes is over the limit of {MAX_FRAME}")
         self._writer.write(HEADER.pack(kind.value, len(payload)) + payload)
         await self._writer.drain()
 

@@ -176,9 +176,11 @@ def make_test_extension(layout: Layout, keys: KeySet) -> None:
 
     Raises: nothing for a release, which simply gets none.
     """
-    if not keys.key("test").exists():
-        return
     folder = layout.build / "test"
+    if not keys.key("test").exists():
+        for made in ("test.addon.efi", "db.auth"):
+            (folder / made).unlink(missing_ok=True)
+        return
     folder.mkdir(exist_ok=True)
     line = " ".join((layout.repository / "tests/harness/cmdline").read_text().split())
     run(

@@ -148,6 +148,15 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
+def _keys(layout: Layout) -> list[Argument]:
+    """What shows a key set that lies elsewhere; a release only reads it. Raises: UserError when there is none."""
+    if layout.keys.is_relative_to(layout.repository):
+        return []
+    if not layout.keys.is_dir():
+        die(f"there is no key set in {layout.keys}", hint="KEYS=folder names one; docs/key-ceremony.md makes it")
+    return ["--ro-bind" if layout.release else "--bind", layout.keys, layout.keys]
+
+
 def inside_tools(layout: Layout, command: list[Argument]) -> list[Argument]:
     """The command that runs ``command`` inside the tools tree, in the repository's folder."""
     resolv = Path("/etc/resolv.conf").resolve()
@@ -161,7 +170,7 @@ def inside_tools(layout: Layout, command: list[Argument]) -> list[Argument]:
         *("--tmpfs", "/tmp"),  # noqa: S108 - the sandbox's own
         *("--ro-bind-try", resolv, "/etc/resolv.conf"),
         *("--bind", layout.repository, layout.repository),
-        *(("--bind", layout.keys, layout.keys) if not layout.keys.is_relative_to(layout.repository) else ()),
+        *_keys(layout),
         *("--chdir", layout.repository),
         *("--cap-add", "ALL"),
         *("--die-with-parent",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -18,13 +19,14 @@ from vmm import wire
 from vmm.audit import verify
 from vmm.audit.client import AuditClient, Entry
 from vmm.audit.records import Producer, parse
-from vmm.audit.server import Journal, Service
+from vmm.audit.server import PRODUCERS, Client, Journal, Service
 from vmm.audit.store import Store
 from vmm.errors import Forbidden, NotFound, Unavailable, UserError
 from vmm.process import spawn
 
 OWN = Producer(903, "holdfast-audit")
 ME = os.geteuid()
+CORE = Client("holdfast-core", ("test.", "audit.", "Bad"))
 
 
 @contextmanager
@@ -34,7 +36,8 @@ def daemon(root: Path) -> Iterator[int]:
     for directory in (socket.parent, root / "var/lib/holdfast-audit"):
         directory.mkdir(parents=True, exist_ok=True)
     socket.unlink(missing_ok=True)
-    code = "import vmm.audit.server as s, os; s.PRODUCERS = {s.pwd.getpwuid(os.geteuid()).pw_name: 'test'}; s.run()"
+    client = "{s.pwd.getpwuid(os.geteuid()).pw_name: s.Client('test', ('',))}"
+    code = f"import vmm.audit.server as s, os; s.PRODUCERS = {client}; s.run()"
     process = spawn([sys.executable, "-c", code], env={"HOLDFAST_ROOT": str(root)})
     try:
         limit = time.monotonic() + 10
@@ -111,7 +114,7 @@ def test_start_stop_and_interrupted_intents(tmp_path: Path) -> None:
         audit.append_sync(Entry(type="test.gone"))
 
 
-def serve(directory: Path, producers: dict[int, str], readers: set[int]) -> tuple[Journal, Service]:
+def serve(directory: Path, producers: dict[int, Client], readers: set[int]) -> tuple[Journal, Service]:
     journal = Journal(Store(directory, producer=OWN, boot="boot"))
     return journal, Service(journal, OWN, producers, frozenset(readers))
 
@@ -119,7 +122,7 @@ def serve(directory: Path, producers: dict[int, str], readers: set[int]) -> tupl
 def test_the_kernel_says_who_calls(tmp_path: Path) -> None:
     async def run() -> None:
         socket = tmp_path / "audit.sock"
-        for producers, readers in (({ME: "holdfast-core"}, {ME}), ({ME + 1: "holdfast-core"}, set())):
+        for producers, readers in (({ME: CORE}, {ME}), ({ME + 1: CORE}, set())):
             journal, service = serve(tmp_path, producers, readers)
             committing = asyncio.create_task(journal.run())
             audit = AuditClient(socket)
@@ -132,6 +135,8 @@ def test_the_kernel_says_who_calls(tmp_path: Path) -> None:
                     page = await audit.read(1, 10)
                     assert page["next"] is None
                     assert page["records"][0]["producer"] == {"uid": ME, "unit": "holdfast-core"}
+                    with pytest.raises(Unavailable, match="holdfast-core does not write api.unauthenticated"):
+                        await audit.append(Entry(type="api.unauthenticated"))
                     for entry in (Entry(type="audit.stop"), Entry(type="test.x", extra={"f": 0.5}), Entry(type="Bad")):
                         with pytest.raises(Unavailable, match="refused"):
                             await audit.append(entry)
@@ -224,3 +229,13 @@ def test_timeout_is_unavailable(tmp_path: Path) -> None:
         server.close()
 
     asyncio.run(run())
+
+
+def test_what_core_decides_only_core_records() -> None:
+    methods = json.loads(Path("vmm/core/permissions.json").read_text())
+    core, others = PRODUCERS["holdfast-core"], [PRODUCERS["holdfast-api"], PRODUCERS["root"]]
+    for method in methods:
+        assert method.startswith(core.types), method
+        forgers = [client.unit for client in others if method.startswith(client.types)]
+        # The updater records its own part of what core orders; a captured API can record none of it.
+        assert forgers == (["holdfast-host"] if method.startswith("update.") else []), method

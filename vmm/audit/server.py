@@ -8,6 +8,7 @@ import pwd
 import signal
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -21,12 +22,39 @@ from vmm.notify import notify
 from vmm.paths import AUDIT_SOCKET, AUDIT_STORE
 
 UNIT = "holdfast-audit"
+
+
+@dataclass(frozen=True)
+class Client:
+    """Who may write records: the name they carry, and the beginnings of the types they may have."""
+
+    unit: str
+    types: tuple[str, ...]
+
+
 PRODUCERS = {
-    "holdfast-api": "holdfast-api",
-    "holdfast-core": "holdfast-core",
-    "root": "holdfast-host",
+    # What it may say is what it sees itself; of all that core decides, a captured API can forge nothing.
+    "holdfast-api": Client("holdfast-api", ("api.", "session.", "tls.")),
+    "holdfast-core": Client(
+        "holdfast-core",
+        (
+            "audit.read",
+            "config.read",
+            "core.",
+            "gate.",
+            "health.",
+            "host.",
+            "machine.",
+            "recovery.",
+            "update.",
+            "version.",
+            "volume.",
+        ),
+    ),
+    # All that run as root: the configure step, the updater, the gate.
+    "root": Client("holdfast-host", ("config.applied", "config.refused", "update.")),
 }
-"""User → the name its records carry: the unit, or what is common to those that run as root."""
+"""User → what it may write."""
 READERS = ("holdfast-core", "root")
 _RETRY = 5.0
 """Seconds between attempts to begin while the store is full."""
@@ -82,8 +110,10 @@ class Journal:
 class Service:
     """Answers the calls on the audit socket."""
 
-    def __init__(self, journal: Journal, own: Producer, producers: Mapping[int, str], readers: frozenset[int]) -> None:
-        """Arguments: the daemon as a producer, the uids that may append with their units, and those that may read."""
+    def __init__(
+        self, journal: Journal, own: Producer, producers: Mapping[int, Client], readers: frozenset[int]
+    ) -> None:
+        """Arguments: the daemon as a producer, the uids that may append, and those that may read."""
         self._journal = journal
         self._own = own
         self._producers = producers
@@ -138,16 +168,18 @@ class Service:
         raise NotFound(f"the audit daemon has no method {request.method!r}")
 
     async def _append(self, params: dict[str, Any], uid: int) -> int:
-        unit = self._producers.get(uid)
-        if unit is None:
+        client = self._producers.get(uid)
+        if client is None:
             raise Forbidden(f"uid {uid} may not write audit records")
         entry = _convert(params, Entry)
         if entry.type in RESERVED:
             raise Forbidden(f"only the audit daemon writes {entry.type}")
+        if not entry.type.startswith(client.types):
+            raise Forbidden(f"{client.unit} does not write {entry.type[:64]}")
         check(entry)
         if not self._open:
             raise Unavailable("the audit daemon takes no records: it is stopping, or the store is full")
-        return await self._journal.append(entry, Producer(uid, unit))
+        return await self._journal.append(entry, Producer(uid, client.unit))
 
 
 def _convert(params: dict[str, Any], type_: type[_T]) -> _T:
