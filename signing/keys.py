@@ -62,6 +62,12 @@ class KeySet:
         return (self.folder / "owner.guid").read_text().strip()
 
     @property
+    def previous_pcr(self) -> Path | None:
+        """The private policy key before this one, while a change from it is under way: it signs releases, too."""
+        key = self.key("pcr-previous")
+        return key if key.exists() else None
+
+    @property
     def root(self) -> Path:
         """The update repository's first root.json, which the image brings to hosts."""
         return self.folder / "root.json"

@@ -13,6 +13,7 @@ CORE_SOCKET = RUN / "core/core.sock"
 IMPORT_SOCKET = RUN / "import.sock"
 FETCH_SOCKET = RUN / "fetch.sock"
 UPDATE_SOCKET = RUN / "update/update.sock"
+UPDATE_NOTICE = RUN / "update/notice.json"
 APPLIED_CONFIG = RUN / "config.json"
 CONFIG_ERROR = RUN / "config-error.json"
 

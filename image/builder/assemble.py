@@ -9,10 +9,11 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from image.builder.host import say
-from image.builder.initrd import contents, kernel_version, make_initrd, make_microcode
+from image.builder.initrd import contents, kernel_version, make_initrd, make_microcode, policy_key_id
 from image.builder.layout import SOURCE_DATE_EPOCH, Layout, digest
 from image.builder.slot import Slot, make_disk, make_slot
 from image.builder.tree import make_tree
@@ -38,8 +39,8 @@ def build_image(layout: Layout) -> None:
         return
     stamp.unlink(missing_ok=True)
     layout.image.mkdir(parents=True, exist_ok=True)
-    make_tree(layout)
-    _initrd_if_changed(layout)
+    make_tree(layout, keys)
+    _initrd_if_changed(layout, keys)
     say("making the root file system, its hash tree and signature")
     slot = make_slot(layout, keys)
     say("making and signing the unified kernel image")
@@ -69,16 +70,17 @@ def _inputs(layout: Layout, keys: KeySet) -> str:
     )
 
 
-def _initrd_if_changed(layout: Layout) -> None:
+def _initrd_if_changed(layout: Layout, keys: KeySet) -> None:
+    key = policy_key_id(keys.public("pcr"))
     wanted = digest(
-        [layout.repository / "image/initrd", layout.repository / "image/builder/initrd.py"], contents(layout)
+        [layout.repository / "image/initrd", layout.repository / "image/builder/initrd.py"], contents(layout), key
     )
     stamp, initrd = layout.build / "initrd.inputs", layout.build / "initrd.zst"
     if stamp.exists() and initrd.exists() and stamp.read_text() == wanted:
         return
     say("making the initrd")
     stamp.unlink(missing_ok=True)
-    make_initrd(layout, initrd)
+    make_initrd(layout, initrd, key)
     make_microcode(layout.root, layout.build / "microcode.cpio")
     stamp.write_text(wanted)
 
@@ -108,9 +110,8 @@ def make_uki(layout: Layout, keys: KeySet, root_hash: str, target: Path) -> None
                 f"--uname={kernel_version(layout.root)}",
                 "--efi-arch=x64",
                 "--pcr-banks=sha256",
-                "--phases=enter-initrd",
             ),
-            *(f"--pcr-private-key={keys.key('pcr')}", f"--pcr-public-key={keys.public('pcr')}"),
+            *_policies(keys),
             *("--signtool=sbsign", f"--secureboot-private-key={keys.key('db')}"),
             f"--secureboot-certificate={keys.certificate('db')}",
         ],
@@ -118,6 +119,16 @@ def make_uki(layout: Layout, keys: KeySet, root_hash: str, target: Path) -> None
     )
     if (size := target.stat().st_size) > layout.limits.uki_bytes:
         die(f"the UKI has {size} bytes, over the limit of {layout.limits.uki_bytes} in image/limits.json")
+
+
+def _policies(keys: KeySet) -> Iterator[str]:
+    """Policies for the initrd phase: by the present key, and by the one before it while hosts change over."""
+    pairs = [(keys.key("pcr"), keys.public("pcr"))]
+    if keys.previous_pcr is not None:
+        pairs.append((keys.previous_pcr, keys.public("pcr-previous")))
+    for private, public in pairs:
+        yield from (f"--pcr-private-key={private}", f"--pcr-public-key={public}", "--phases=enter-initrd")
+    yield f"--pcrpkey={keys.public('pcr')}"
 
 
 def _fill_esp(layout: Layout, keys: KeySet) -> Path:

@@ -6,6 +6,7 @@ image/initrd/rootfs. There is no shell; a failure ends in a reboot (emergency.ta
 
 from __future__ import annotations
 
+import hashlib
 import json
 import lzma
 import os
@@ -32,8 +33,13 @@ def kernel_version(root: Path) -> str:
     return versions[0]
 
 
-def make_initrd(layout: Layout, target: Path) -> None:
-    """Write the compressed initrd. Raises: UserError naming a listed file that the root lacks."""
+def policy_key_id(public: Path) -> str:
+    """The name by which hosts remember that their volumes are sealed to a policy key."""
+    return hashlib.sha256(public.read_bytes()).hexdigest()[:32]
+
+
+def make_initrd(layout: Layout, target: Path, policy_key: str) -> None:
+    """Write the compressed initrd for a policy key. Raises: UserError naming a listed file that the root lacks."""
     tree = layout.build / "initrd"
     shutil.rmtree(tree, ignore_errors=True)
     source = layout.repository / "image/initrd"
@@ -50,6 +56,10 @@ def make_initrd(layout: Layout, target: Path) -> None:
             _copy_program(layout.root, match.relative_to(layout.root), tree)
     _copy_modules(layout.root, _listed(source / "modules"), tree)
     shutil.copytree(source / "rootfs", tree, symlinks=True, dirs_exist_ok=True)
+    reseal = tree / "etc/systemd/system/holdfast-reseal@.service.d/key.conf"
+    reseal.parent.mkdir(parents=True)
+    sealed = f"/sysroot/var/lib/holdfast/sealed/{policy_key}.%i"
+    reseal.write_text(f"[Unit]\nConditionPathExists=!{sealed}\n[Service]\nExecStart=/usr/bin/touch {sealed}\n")
     (tree / "init").symlink_to("usr/lib/systemd/systemd")
     archive = target.with_suffix(".cpio")
     write_cpio(tree, archive)

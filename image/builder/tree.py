@@ -6,12 +6,14 @@ import shutil
 from pathlib import Path
 
 from image.builder.host import say
+from image.builder.initrd import policy_key_id
 from image.builder.layout import SOURCE_DATE_EPOCH, Layout
 from image.builder.probe import build_probe_disk
+from signing.keys import KeySet
 from vmm.process import CommandFailed, run
 
 
-def make_tree(layout: Layout) -> None:
+def make_tree(layout: Layout, keys: KeySet) -> None:
     """Install the tree anew (packages come from mkosi's cache when their list did not change).
 
     Raises: CommandFailed with mkosi's last lines; its whole output is in build/mkosi.log.
@@ -25,7 +27,13 @@ def make_tree(layout: Layout) -> None:
     # The guest by which a host that starts a new system for the first time shows that it can run guests.
     build_probe_disk(share / "probe.raw")
     # Whom the updater believes; everything else that it reads has to follow from this file.
-    shutil.copyfile(layout.keys / "root.json", share / "root.json")
+    shutil.copyfile(keys.root, share / "root.json")
+    # To which policy key the first boot seals the volumes (repart.d), and which seals the updater keeps.
+    shutil.copyfile(keys.public("pcr"), share / "pcr.pem")
+    for volume in ("audit", "data"):
+        mark = share / "sealed" / f"{policy_key_id(keys.public('pcr'))}.{volume}"
+        mark.parent.mkdir(exist_ok=True)
+        mark.touch()
     # In the UKI too, as .osrel: so the epoch of an installed system can be read without starting it.
     with (layout.root / "usr/lib/os-release").open("a") as release:
         release.write(f"HOLDFAST_EPOCH={layout.epoch}\n")

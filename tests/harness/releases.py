@@ -26,11 +26,19 @@ class Built:
     build: Path
 
 
-def build(name: str, version: str, *, change: Change | None = None, epoch: int = 1, keys: Path | None = None) -> Built:
+def build(
+    name: str,
+    version: str,
+    *,
+    change: Change | None = None,
+    epoch: int = 1,
+    keys: Path | None = None,
+    release: bool = False,
+) -> Built:
     """Build a release out of a copy of the sources, unless that was done before.
 
-    Arguments: ``name`` is that of the folder in build/test/releases; ``keys`` are release keys, in place of the
-    development ones. Raises: what build_image raises.
+    Arguments: ``name`` is that of the folder in build/test/releases; ``keys`` are in place of the development
+    keys, and must not be such for a ``release``. Raises: what build_image raises.
     """
     layout = Layout.from_environment()
     copy = FOLDER.absolute() / name / "sources"
@@ -48,7 +56,7 @@ def build(name: str, version: str, *, change: Change | None = None, epoch: int =
         change(copy)
     there = replace(layout, repository=copy, version=version, epoch=epoch)
     if keys is not None:
-        there = replace(there, keys=keys.absolute(), release=True)
+        there = replace(there, keys=keys.absolute(), release=release)
     there.build.mkdir(exist_ok=True)
     for shared in ("mkosi.cache", "mkosi.packages", "tools"):
         link = there.build / shared

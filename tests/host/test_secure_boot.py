@@ -135,7 +135,7 @@ def test_a_release_under_release_keys_ignores_the_test_extension(
 ) -> None:
     """An image built and signed by the key ceremony's keys starts and works; no command gets in by the extension."""
     keys = make_release_keys(releases.FOLDER / "ceremony")
-    release = releases.build("ceremony", "0.1.0", keys=keys)
+    release = releases.build("ceremony", "0.1.0", keys=keys, release=True)
     files = fresh(workdir, Image.built(release.build).disk, Hardware().disk)
     open_disk(files).put(built_image.test_addon, "loader/addons/test.addon.efi")
     with Host(files, smbios=[*agent_credentials(), seed], faulty_disk=True) as host:

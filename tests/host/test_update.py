@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from image.builder.efidisk import find_esp
 from tests.faults.cuts import LONGEST_S, complete, cut
 from tests.faults.staged import staged
 from tests.harness import releases
@@ -23,6 +24,7 @@ from tests.harness.seed import REPOSITORY, Identity
 from tests.harness.updates import Updates, slot
 from tests.harness.waiting import poll
 from tests.host.conftest import Guests
+from vmm.process import run
 
 RUNNING = Path("build/image/release")
 PAYLOAD_SHARE = 0.15
@@ -151,6 +153,7 @@ def test_a_release_whose_service_does_not_start_goes_back_with_the_reason(
         assert slot(status, "b")["state"] == "bad"
         record = updates.records("update.failed")[-1]
         assert (record["outcome"], record["reason"], record["object"]["id"]) == ("failure", failed["reason"], "0.1.2")
+        host.serial.expect(f"UPDATE FAILED: 0.1.2: {failed['reason']}"[:70])
         with pytest.raises(ApiError, match="failed here before"):
             updates.do("download")
 
@@ -222,3 +225,53 @@ def test_power_cuts_while_writing_leave_whole_systems(
             assert not found.broken
             if last:
                 assert complete(host, clients["admin"], next_release) == ""
+
+
+@pytest.fixture(scope="session")
+def next_epoch(built_image: Image) -> releases.Built:
+    """A release of the next security epoch, with a new policy key; the old key signs it as well, for the change."""
+    keys = releases.FOLDER / "next-epoch-keys"
+    if not keys.exists():
+        fresh = keys.with_suffix(".new")
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.copytree("build/keys", fresh)
+        for end in ("key", "pub"):
+            (fresh / f"pcr.{end}").rename(fresh / f"pcr-previous.{end}")
+        run(["openssl", "genpkey", "-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:2048", "-out", fresh / "pcr.key"])
+        run(["openssl", "pkey", "-in", fresh / "pcr.key", "-pubout", "-out", fresh / "pcr.pub"])
+        (fresh / "pcr.key").chmod(0o600)
+        fresh.rename(keys)
+    return releases.build("next-epoch", "0.2.0", epoch=2, keys=keys)
+
+
+@pytest.mark.sfr("FPT_TUD_EXT.1", "FPT_ML_EXT.1")
+def test_after_a_higher_epoch_an_older_signed_system_does_not_get_at_the_volumes(
+    faulty_host: Host, clients: dict[str, Identity], next_epoch: releases.Built
+) -> None:
+    """The policy key changes under way and the volumes stay; the old system, put back by hand, is then locked out."""
+    host, updates = faulty_host, Updates(faulty_host, clients["admin"])
+    updates.settled()
+    made = Publisher(releases.FOLDER / "epochs")
+    made.publish(RUNNING)
+    made.publish(next_epoch.folder)
+    with RepositoryServer(made.folder, host.repository_socket, REPOSITORY):
+        updates.take()
+    status = updates.settled()
+    assert (status["running"], status["epoch"], status["floor"]) == ("0.2.0", 2, 2)
+    (bless,) = [r for r in updates.records("update.bless") if r["object"]["id"] == "0.2.0"]
+    assert len(bless["extra"]["seals_removed"]) == 2, bless
+    with pytest.raises(ApiError, match="epoch"):
+        updates.do("rollback")
+
+    host.agent.exec(["sync"])
+    host.power_cut()
+    esp = find_esp(host.files.flat_disk)
+    for name in esp.names("EFI/Linux"):
+        if name.startswith("EFI/Linux/holdfast_0.2.0"):
+            esp.remove(name)
+    esp.put(RUNNING / "uki.efi", "EFI/Linux/holdfast_0.1.0.efi")
+    host.power_on()
+    host.serial.expect("EFI stub: UEFI Secure Boot is enabled", 6)
+    host.serial.expect("Failed to unseal", 12)
+    host.wait_reset(8)
+    assert not host.api().reachable(0.5)

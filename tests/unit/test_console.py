@@ -86,6 +86,15 @@ def test_a_refused_seed_is_shown_with_field_and_hint(tree: HostTree) -> None:
     )
 
 
+def test_a_failed_update_is_shown(tree: HostTree) -> None:
+    configured(tree, encoded())
+    assert "UPDATE" not in compose(gather())
+    tree.write(
+        "run/holdfast/update/notice.json", b'{"version":"1.3.0","reason":"guest: not ready\\u001b[2J","time":""}'
+    )
+    assert "\nUPDATE FAILED: 1.3.0: guest: not ready[2J\n" in compose(gather())
+
+
 def test_a_bare_host_has_a_screen_too(tree: HostTree) -> None:
     assert tree.root.exists()
     text = compose(gather())

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tests.unit.test_update_machine import World, boot, install, make_world
 from vmm.errors import Conflict, Unavailable
 from vmm.update import gate
+from vmm.update.types import Failed
 
 
 @pytest.fixture
@@ -68,3 +70,19 @@ def test_a_version_that_was_kept_cannot_be_condemned(world: World) -> None:
     with pytest.raises(Conflict, match="not on trial"):
         world.work.condemn("because")
     assert not world.machine.entries()[0].bad
+
+
+def test_a_newer_version_that_failed_is_left_for_the_console(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    notice, release = world.folder / "notice.json", world.folder / "os-release"
+    monkeypatch.setattr("vmm.paths.UPDATE_NOTICE", notice)
+    monkeypatch.setattr("vmm.paths.OS_RELEASE", release)
+    monkeypatch.setattr("vmm.paths.UPDATE_STATE", world.env.folder)
+    release.write_text("IMAGE_VERSION=1.0.0\n")
+    gate.leave_notice()
+    assert not notice.exists()
+    world.env.store.fail(Failed("1.1.0", "guest: the probe guest was not ready", ""))
+    gate.leave_notice()
+    assert msgspec.json.decode(notice.read_bytes(), type=Failed).version == "1.1.0"
+    release.write_text('IMAGE_VERSION="1.2.0"\n')
+    gate.leave_notice()
+    assert not notice.exists()

@@ -36,6 +36,13 @@ class Health(msgspec.Struct, frozen=True):
     checks: tuple[Check, ...] = ()
 
 
+class Notice(msgspec.Struct, frozen=True):
+    """A version that was tried and given up (vmm/update/gate.py)."""
+
+    version: str
+    reason: str
+
+
 @dataclass(frozen=True)
 class Facts:
     """All that the screen shows; two equal ones need no redrawing."""
@@ -47,6 +54,7 @@ class Facts:
     addresses: tuple[str, ...]
     fingerprint: str
     health: Health | None
+    update: Notice | None = None
 
 
 def gather() -> Facts:
@@ -62,6 +70,7 @@ def gather() -> Facts:
         fingerprint=_fingerprint(paths.API_STATE / "server.crt"),
         # Core owns its folder below /run/holdfast only.
         health=_decode(paths.CORE_SOCKET.with_name("health.json"), Health),
+        update=_decode(paths.UPDATE_NOTICE, Notice),
     )
 
 

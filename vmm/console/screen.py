@@ -27,6 +27,8 @@ def compose(facts: Facts) -> str:
             lines.append(f"  {plain(facts.failure.hint)}")
     elif facts.configuration is None:
         lines += ["", "The configuration is not applied yet."]
+    if facts.update is not None:
+        lines += ["", f"UPDATE FAILED: {plain(facts.update.version)}: {plain(facts.update.reason)}"]
     lines += [
         "",
         _health(facts.health),

@@ -18,12 +18,14 @@ import msgspec
 
 from vmm import errors, paths, wire
 from vmm.audit.client import AuditClient, Entry, Object
+from vmm.config import atomic
 from vmm.config.addresses import management_addresses
 from vmm.config.types import Configuration
 from vmm.errors import Unavailable, UserError
 from vmm.process import run
 from vmm.update.settle import Verdict
 from vmm.update.state import Store
+from vmm.update.types import version_key
 
 DEADLINE_S = 600.0
 """A host that has not proven itself by then is taken for broken. Generous: servers test their memory first."""
@@ -128,14 +130,36 @@ def _ask(method: str, **params: str) -> Verdict:
     return msgspec.convert(answer.get("verdict", {"kind": "nothing"}), Verdict)
 
 
+def _running() -> str:
+    """The version that runs, "" if this is no image."""
+    try:
+        lines = paths.OS_RELEASE.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    release = dict(line.split("=", 1) for line in lines if "=" in line)
+    return release.get("IMAGE_VERSION", "").strip("\"'")
+
+
 def _nothing_to_judge() -> bool:
     """Whether no version waits and the running one is known to be good, so that the updater need not be started."""
     state = Store(paths.UPDATE_STATE).state
+    return state.installed is None and _running() in state.blessed
+
+
+def leave_notice() -> None:
+    """Tell the console of a newer version that failed here, for as long as none that is newer still has worked.
+
+    Raises: OSError.
+    """
     try:
-        release = (paths.OS_RELEASE).read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return state.installed is None and any(f"IMAGE_VERSION={version}\n" in release for version in state.blessed)
+        running = version_key(_running())
+        failed = [f for f in Store(paths.UPDATE_STATE).state.failed if version_key(f.version) > running]
+    except ValueError:
+        return
+    if failed:
+        atomic.write(paths.UPDATE_NOTICE, msgspec.json.encode(failed[-1]), mode=0o640)
+    else:
+        paths.UPDATE_NOTICE.unlink(missing_ok=True)
 
 
 def judge(checks: Mapping[str, Check], deadline: float = DEADLINE_S) -> str:
@@ -156,10 +180,10 @@ def judge(checks: Mapping[str, Check], deadline: float = DEADLINE_S) -> str:
 
 def main() -> int:
     """The program. When the updater itself is what is broken, the boot loader's count of tries ends the trial."""
-    if _nothing_to_judge():
-        return 0
     try:
-        print(f"gate: {judge(host_checks())}", flush=True)
+        if not _nothing_to_judge():
+            print(f"gate: {judge(host_checks())}", flush=True)
+        leave_notice()
     except UserError as error:
         print(f"gate: {error.message}", flush=True)
         if (paths.ROOT / "sys/firmware/efi/efivars" / _TRIAL).exists():

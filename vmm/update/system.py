@@ -14,7 +14,7 @@ from uuid import UUID
 from vmm.config import gpt
 from vmm.paths import ROOT
 from vmm.process import CommandFailed, run
-from vmm.update import base, esp, files, firmware, signer, slots
+from vmm.update import base, esp, files, firmware, seals, signer, slots
 from vmm.update.errors import Refused
 from vmm.update.esp import BootEntry
 
@@ -66,6 +66,10 @@ class System(Protocol):
 
     def check_signer(self, uki: Path) -> str:
         """Who vouches for a UKI to the firmware (signer.py). Raises: Refused."""
+        ...
+
+    def renew_seals(self) -> list[str]:
+        """Take away what older policy keys could open (seals.py). Raises: Refused; CommandFailed."""
         ...
 
     def base(self, part: str, size: int | None) -> AbstractContextManager[mmap]:
@@ -171,6 +175,10 @@ class HostSystem:
     def check_signer(self, uki: Path) -> str:
         """See System."""
         return signer.check(uki, firmware.read(self._root / "sys/firmware/efi/efivars"))
+
+    def renew_seals(self) -> list[str]:
+        """See System."""
+        return seals.renew(self._root)
 
     @contextmanager
     def base(self, part: str, size: int | None) -> Iterator[mmap]:

@@ -123,11 +123,12 @@ class Work:
             entries = env.system.entries()
             verdict = judge(env.store.state, entries, run.version, run.root_hash, run.boot, gate)
             if verdict.kind == "blessed":
+                seals = self._renew_seals() if 0 < env.floor.read() < run.epoch else {}
                 env.floor.raise_to(run.epoch)
                 env.recorder.event(
                     "update.bless",
                     run.version,
-                    extra={"epoch": run.epoch, "root_hash": run.root_hash, "floor": env.floor.read()},
+                    extra={"epoch": run.epoch, "root_hash": run.root_hash, "floor": env.floor.read(), **seals},
                 )
                 env.store.bless(run.version, installed=None)
             elif verdict.kind == "failed":
@@ -157,6 +158,13 @@ class Work:
                 raise Conflict("the running version is not on trial")
             mark_bad(own)
         return Verdict("trial", env.running.version, reason)
+
+    def _renew_seals(self) -> dict[str, Any]:
+        """What came of it, for the record: a seal that stays is no reason not to raise the floor."""
+        try:
+            return {"seals_removed": self._env.system.renew_seals()}
+        except UserError as error:
+            return {"seals_kept": error.message}
 
     def _own_entry(self) -> BootEntry | None:
         entries, root_hash = self._env.system.entries(), self._env.running.root_hash

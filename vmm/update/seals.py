@@ -1,0 +1,98 @@
+"""To which policy keys the encrypted volumes are sealed, and taking away those that no longer count.
+
+Once a host has blessed a release of a higher epoch, a signed system from before must not open its volumes any more,
+even if someone puts it back on the ESP: its policy key's seal goes. (LUKS2 on-disk format specification, 5.3; the
+token's fields are those of systemd-cryptenroll(1).)
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
+
+from vmm.paths import ROOT
+from vmm.process import run
+from vmm.update.errors import Refused
+
+LAYER = "seals"
+VOLUMES = ("data", "audit")
+_TPM = "systemd-tpm2"
+_TIMEOUT_S = 120.0
+
+
+class _Token(msgspec.Struct, frozen=True):
+    type: str
+    keyslots: list[Annotated[str, msgspec.Meta(pattern=r"\A[0-9]{1,2}\Z")]] = []
+    tpm2_pubkey: str = ""
+
+
+class _Header(msgspec.Struct, frozen=True):
+    tokens: dict[Annotated[str, msgspec.Meta(pattern=r"\A[0-9]{1,2}\Z")], _Token] = {}
+
+
+class Seal(msgspec.Struct, frozen=True):
+    """One way the TPM opens a volume: the token's number, its key slots, and the policy key it wants (DER)."""
+
+    token: str
+    keyslots: tuple[str, ...]
+    key: bytes
+
+
+def parse(metadata: bytes) -> list[Seal]:
+    """The TPM seals in a LUKS2 header's JSON. Raises: Refused when it cannot be read."""
+    try:
+        tokens = msgspec.json.decode(metadata, type=_Header).tokens
+        found = [(number, token) for number, token in tokens.items() if token.type == _TPM]
+        return [Seal(number, tuple(token.keyslots), _der(token.tpm2_pubkey)) for number, token in found]
+    except (msgspec.MsgspecError, UnicodeDecodeError, ValueError, binascii.Error, UnsupportedAlgorithm) as error:
+        raise Refused(LAYER, f"a volume's header cannot be understood: {error}") from None
+
+
+def _der(pem: str) -> bytes:
+    if not pem:
+        return b""
+    key = load_pem_public_key(base64.b64decode(pem, validate=True))
+    return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+
+
+def outdated(seals: Sequence[Seal], key: bytes) -> list[Seal]:
+    """The seals to take away, where only ``key`` (DER) counts. Raises: Refused when none to that key would be left."""
+    if not any(seal.key == key for seal in seals):
+        raise Refused(LAYER, "a volume is not sealed to the present policy key yet; its old seals stay")
+    return [seal for seal in seals if seal.key != key]
+
+
+def renew(root: Path = ROOT) -> list[str]:
+    """Take away from all volumes what is sealed to other policy keys than the running system's.
+
+    Returns: what was taken away, in words. Raises: Refused; CommandFailed.
+    """
+    pem = (root / "usr/share/holdfast/pcr.pem").read_bytes()
+    key = load_pem_public_key(pem).public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    done = []
+    for volume in VOLUMES:
+        device = _device(root, volume)
+        dump = run(["cryptsetup", "luksDump", "--dump-json-metadata", device], timeout=_TIMEOUT_S).stdout
+        for seal in outdated(parse(dump.encode()), key):
+            for slot in seal.keyslots:
+                run(["cryptsetup", "luksKillSlot", "--batch-mode", device, slot], timeout=_TIMEOUT_S)
+            # The token went with its last key slot where cryptsetup knows its type; a second removal changes nothing.
+            run(["cryptsetup", "token", "remove", "--token-id", seal.token, device], check=False, timeout=_TIMEOUT_S)
+            done.append(f"{volume}: token {seal.token}")
+    return done
+
+
+def _device(root: Path, volume: str) -> Path:
+    """The partition under an open volume. Raises: Refused."""
+    for mapped in (root / "sys/class/block").glob("dm-*"):
+        if (mapped / "dm/name").read_text().strip() == volume:
+            (below,) = (mapped / "slaves").iterdir()
+            return root / "dev" / below.name
+    raise Refused(LAYER, f"the volume {volume} is not open")
