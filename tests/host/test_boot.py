@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import ssl
 from pathlib import Path
 
 import pytest
 
 from tests.harness.api import Api
 from tests.harness.host import Host
+from tests.harness.waiting import poll
 
 MANIFEST = Path("build/image/manifest.json")
 SERVICES = ("holdfast-api", "holdfast-audit", "holdfast-core", "holdfast-console", "holdfast-import@x")
@@ -154,11 +157,22 @@ def test_services_are_confined(host: Host, unit: str) -> None:
 
 
 @pytest.mark.sfr("FTA_TAB.1")
-def test_the_console_shows_the_status_screen(booted_serial: str) -> None:
+def test_the_console_shows_the_status_screen(host: Host, admin: Api, booted_serial: str) -> None:
     """Banner, version, address and the API's fingerprint are on the console; there is no login prompt."""
-    assert "Authorised use only." in booted_serial
-    assert "https://10.0.2.15:8443" in booted_serial
-    assert "login:" not in booted_serial
+    log = host.files.directory / "serial.log"
+
+    def shown() -> str | None:
+        # It is drawn once it is known, which may be before the checkpoint that this host continues from.
+        text = booted_serial + log.read_text(errors="replace")
+        return text if "https://10.0.2.15:8443" in text and "Health:      not known" not in text[-600:] else None
+
+    text = poll(shown, 60 * host.acceleration.scale, "the status screen")
+    assert "Authorised use only." in text
+    assert f"Holdfast {admin.call('GET', '/v1/version')['version']} (slot A)" in text
+    certificate = host.agent.read("/var/lib/holdfast/api/server.crt").decode()
+    digits = hashlib.sha256(ssl.PEM_cert_to_DER_cert(certificate)).hexdigest().upper()
+    assert ":".join(digits[i : i + 2] for i in range(0, 32, 2)) in text
+    assert "login:" not in text
 
 
 def test_the_power_button_shuts_down(host: Host) -> None:
