@@ -144,6 +144,9 @@ def demonstrate(host: Host) -> None:
     # A name of its own, whatever an interrupted run left behind.
     name = time.strftime("demo-%H%M%S")
     holdfast(f"remote add hf1 https://127.0.0.1:{host.port} --fingerprint {fingerprint(host)} --default")
+    deadline = Deadline(60 * host.acceleration.scale, "core and libvirt answer")
+    while run([sys.executable, "-m", "vmm.cli", "vm", "list"], check=False, env=_ENVIRONMENT).returncode != 0:
+        time.sleep(min(1, deadline.left()))
     # 1: not all is well, as with an emulated processor, which has no microcode.
     holdfast("health", accepted=(0, 1))
     holdfast(f"volume upload {_GUEST} {name}")

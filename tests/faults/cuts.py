@@ -40,7 +40,7 @@ def complete(host: Host, admin: Identity, release: releases.Built) -> str:
     """Start a host after a cut, complete what was begun, and restart into it; "" or what went wrong."""
     host.power_on()
     updates = Updates(host, admin)
-    host.wait_api(120)
+    host.wait_ready(admin, 120)
     status = updates.settled()
     if status["running"] == version(RUNNING):
         if not status["installed"]:

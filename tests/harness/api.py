@@ -91,6 +91,15 @@ class Api:
         except (OSError, http.client.HTTPException):
             return False
 
+    def ready(self) -> bool:
+        """Whether core answers an administrator, and libvirt answers core."""
+        try:
+            answer = self.request("GET", "/v1/health")
+        except (OSError, http.client.HTTPException):
+            return False
+        checks = answer.json()["checks"] if answer.status == 200 else ()
+        return any(check["name"] == "libvirt" and check["ok"] for check in checks)
+
     def console(self, machine: str) -> Console:
         """Open a machine's serial console; the caller closes it.
 

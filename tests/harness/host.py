@@ -234,6 +234,12 @@ class Host:
         """Wait until the API answers its banner. Raises: Expired with the end of the serial log."""
         poll(lambda: self.api().reachable(0.5), seconds * self.acceleration.scale, "the API answers", interval=0.5)
 
+    def wait_ready(self, identity: Identity, seconds: float = 60) -> None:
+        """Wait until an administrator's questions are answered, those to libvirt too. Raises: Expired."""
+        self.wait_api(seconds)
+        api = self.api(identity)
+        poll(api.ready, seconds * self.acceleration.scale, "core and libvirt answer", interval=0.5)
+
     def __enter__(self) -> Self:
         try:
             self.power_on()

@@ -48,7 +48,7 @@ class Updates:
         """Restart the host and wait until its API answers again."""
         self.api.call("POST", "/v1/host/reboot", seconds=120)
         self.host.wait_reset()
-        self.host.wait_api(120)
+        self.host.wait_ready(self.admin, 120)
 
     def take(self) -> None:
         """Install what is offered, and restart."""

@@ -34,7 +34,7 @@ def test_the_host_comes_back_after_power_cuts_during_its_first_boot(
             serial = (fresh_disk.directory / "serial.log").read_text(errors="replace")
             print(f"cut after {seconds:.2f} s, the serial console ended with: {serial[-_TAIL:]!r}")
             host.power_on()
-        host.wait_api()
+        host.wait_ready(clients["admin"])
         admin = host.api(clients["admin"])
         checks = {check["name"]: check for check in admin.call("GET", "/v1/health")["checks"]}
         assert checks["audit"]["ok"], checks["audit"]

@@ -139,7 +139,7 @@ def test_a_release_under_release_keys_ignores_the_test_extension(
     files = fresh(workdir, Image.built(release.build).disk, Hardware().disk)
     open_disk(files).put(built_image.test_addon, "loader/addons/test.addon.efi")
     with Host(files, smbios=[*agent_credentials(), seed], faulty_disk=True) as host:
-        host.wait_api()
+        host.wait_ready(clients["admin"])
         assert host.api(clients["admin"]).call("GET", "/v1/configuration")["hostname"] == "hf1"
         with pytest.raises(Expired):
             host.agent.wait(3)

@@ -47,7 +47,7 @@ def test_a_wrong_seed_is_refused_as_a_whole(fresh_disk: Files, clients: dict[str
         host.serial.expect(r"NOT CONFIGURED: management\.address: ", 60)
         assert not host.api().reachable(0.5)
     with Host(fresh_disk, smbios=[seed]) as host:
-        host.wait_api()
+        host.wait_ready(clients["admin"])
         assert host.api(clients["admin"]).call("GET", "/v1/configuration")["hostname"] == "hf1"
 
 
@@ -63,7 +63,7 @@ def test_a_seed_in_the_image_configures_the_host(
     files = fresh(workdir, image, Hardware().disk)
     try:
         with Host(files) as host:
-            host.wait_api()
+            host.wait_ready(clients["admin"])
             assert host.api().call("GET", "/v1/banner") == {"banner": "Only for the injected."}
             assert host.api(clients["admin"]).call("GET", "/v1/configuration")["hostname"] == "injected"
     finally:

@@ -144,7 +144,7 @@ def test_a_release_whose_service_does_not_start_goes_back_with_the_reason(
         host.wait_reset()
         # The second restart is the gate's own decision.
         host.wait_reset(180)
-        host.wait_api(120)
+        host.wait_ready(updates.admin, 120)
         status = updates.settled()
         assert status["running"] == "0.1.0"
         (failed,) = status["failed"]
