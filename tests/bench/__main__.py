@@ -16,7 +16,7 @@ from pathlib import Path
 
 from image.builder.host import say
 from image.builder.layout import Layout
-from tests.bench import builds, guests, starts
+from tests.bench import builds, guests, starts, updates
 from tests.bench.figures import MB, MIB, Figure, document, machine_state, table
 from tests.bench.holdfast import Server, service_memory
 from tests.guest.linux import GuestSources, build_linux_disk
@@ -35,6 +35,7 @@ _PARTS = {
     "build": "build times, cold and warm",
     "sizes": "sizes of the UKI, the payload and the root",
     "boot": "starts of the host image and of the stock reference, which is built when needed",
+    "update": "a release on the wire, whole and as a patch",
     "memory": "memory of the idle services",
     "guests": "create-to-running of a guest",
 }
@@ -97,7 +98,10 @@ def _measure(options: _Options, figures: list[Figure]) -> None:
     if "build" in options.parts:
         say("building in a copy: cold, then warm")
         figures += builds.measure(layout)
-    if options.parts <= {"sizes", "build"}:
+    if "update" in options.parts:
+        say("building and publishing a patch release")
+        figures += updates.measure(layout.release_folder, layout.version)
+    if options.parts <= {"sizes", "build", "update"}:
         return
     server = Server(image, identities(Path("build/test/identities")), _fresh("host"))
     if "boot" in options.parts:

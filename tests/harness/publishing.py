@@ -27,6 +27,20 @@ class Publisher:
         """Offer a release no more."""
         self._do("withdraw", version)
 
+    def whole_size(self, version: str) -> int:
+        """Bytes that a host fetches of a release of which it has nothing."""
+        return sum(self._sizes(version, "").values())
+
+    def delta_size(self, version: str, base: str) -> int:
+        """Bytes that a host on the release ``base`` fetches: deltas where there are such, other parts whole."""
+        return sum((self._sizes(version, "") | self._sizes(version, f".from-{base}")).values())
+
+    def _sizes(self, version: str, kind: str) -> dict[str, int]:
+        """Part → bytes, of the files HASH.PART.zst (``kind`` is empty) or HASH.PART.from-BASE.zst."""
+        files = (self.folder / "targets" / f"holdfast_{version}").iterdir()
+        names = [(file, file.name.split(".", 2)) for file in files]
+        return {part: file.stat().st_size for file, (_, part, end) in names if f".{end}" in (f"{kind}.zst", ".json")}
+
     def copy(self, folder: Path) -> Path:
         """The repository as it is now, to be tampered with."""
         shutil.rmtree(folder, ignore_errors=True)

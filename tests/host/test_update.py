@@ -61,12 +61,6 @@ def updates(host: Host, clients: dict[str, Identity]) -> Updates:
     return made
 
 
-def wire_size(publisher: Publisher, version: str) -> int:
-    """Bytes of a whole release as it is offered."""
-    folder = publisher.folder / "targets" / f"holdfast_{version}"
-    return sum(f.stat().st_size for f in folder.iterdir() if ".from-" not in f.name)
-
-
 @pytest.mark.sfr("FPT_TUD_EXT.1", "FPT_TUD_EXT.2", "FMT_MOF_EXT.1", "FAU_GEN.1")
 def test_a_release_is_taken_kept_and_left_again(
     updates: Updates, server: RepositoryServer, offered: Publisher, guests: Guests
@@ -81,7 +75,7 @@ def test_a_release_is_taken_kept_and_left_again(
     assert updates.do("check")["available"] == "0.1.1"
     asked = server.sent
     assert updates.do("download")["staged"] == "0.1.1"
-    assert server.sent - asked <= PAYLOAD_SHARE * wire_size(offered, "0.1.1")
+    assert server.sent - asked <= PAYLOAD_SHARE * offered.whole_size("0.1.1")
     installed = updates.do("apply")
     assert (installed["installed"], slot(installed, "b")["state"], slot(installed, "b")["tries"]) == (
         "0.1.1",
