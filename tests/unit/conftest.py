@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.test_cli_rig import FakeApi, enrolled, fake_api, holdfast
+from tests.unit.test_update_machine import World, make_world
 
 _LONGEST_ID = 60
 
@@ -20,6 +21,15 @@ def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeApi]:
         holdfast("remote", "add", "hf1", server.url, "--fingerprint", server.fingerprint)
         server.seen.clear()
         yield server
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    """A host at 1.0.0 that is offered 1.1.0, as the updater sees it."""
+    made = make_world(tmp_path)
+    made.repository.add("1.1.0", base="1.0.0")
+    made.offer()
+    return made
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import msgspec
 import pytest
 
-from tests.unit.test_update_machine import World, boot, install, make_world
+from tests.unit.test_update_machine import World, boot, install
 from vmm.errors import Conflict, Unavailable
 from vmm.update import gate
 from vmm.update.types import Failed
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> World:
-    made = make_world(tmp_path)
-    made.repository.add("1.1.0", base="1.0.0")
-    made.offer()
-    return made
 
 
 def fails(times: int, message: str = "not yet") -> Callable[[], None]:

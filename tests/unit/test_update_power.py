@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -16,22 +15,12 @@ from tests.unit.test_update_machine import (
     bless,
     boot,
     download,
-    make_world,
     names,
 )
 from vmm.update import slots
 from vmm.update.errors import Cancelled
 from vmm.update.job import Job
 from vmm.update.state import Store
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> World:
-    """A host at 1.0.0 that is offered 1.1.0."""
-    made = make_world(tmp_path)
-    made.repository.add("1.1.0", base="1.0.0")
-    made.offer()
-    return made
 
 
 def test_cancelled_at_any_step(world: World) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.unit.test_update_machine import World, make_world
+from tests.unit.test_update_machine import World
 from tests.unit.test_update_rig import flip, plain
 from vmm import wire
 from vmm.errors import Conflict, Forbidden, NotFound, UserError
@@ -24,14 +24,6 @@ from vmm.update.types import Status
 from vmm.wire import Kind
 
 CALLER = {"caller": {"actor": {"id": "alice", "role": "admin", "origin": "192.0.2.1"}, "request": "r1"}}
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> World:
-    made = make_world(tmp_path)
-    made.repository.add("1.1.0", base="1.0.0")
-    made.offer()
-    return made
 
 
 class Client:

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.unit.test_update_machine import ALICE, World, apply, bless, boot, check, download, install, make_world, names
+from tests.unit.test_update_machine import ALICE, World, apply, bless, boot, check, download, install, names
 from tests.unit.test_update_rig import flip, plain
 from vmm.audit.client import Entry
 from vmm.errors import Conflict, Unavailable, UserError
@@ -20,15 +20,6 @@ from vmm.update import esp, files, slots
 from vmm.update.errors import NoRoom, Refused
 from vmm.update.job import Job
 from vmm.update.types import Part, Release
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> World:
-    """A host at 1.0.0 that is offered 1.1.0."""
-    made = make_world(tmp_path)
-    made.repository.add("1.1.0", base="1.0.0")
-    made.offer()
-    return made
 
 
 def test_the_whole_way(world: World) -> None:
