@@ -12,8 +12,9 @@ from image.builder.host import say
 from tests.faults.cuts import LONGEST_S, complete, cut
 from tests.faults.staged import staged
 from tests.harness import releases
+from tests.harness.checkpoint import host_checkpoint
 from tests.harness.image import Image
-from tests.harness.seed import identities
+from tests.harness.seed import configuration, identities, seed_credential
 from vmm.errors import main
 
 _FOLDER = Path("build/test/faults")
@@ -29,7 +30,8 @@ def entry() -> int:
     moments = random.Random(options.seed)  # noqa: S311 - moments of cuts, not secrets
     release = releases.build("next", "0.1.1")
     clients = identities(Path("build/test/identities"))
-    origin = staged(Image.built(), clients, release)
+    booted = host_checkpoint(Image.built(), seed_credential(configuration(list(clients.values()))))
+    origin = staged(booted, clients["admin"], release)
     shutil.rmtree(_FOLDER, ignore_errors=True)
     stages: collections.Counter[str] = collections.Counter()
     broken: list[str] = []

@@ -2,42 +2,41 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from tests.harness import releases
-from tests.harness.agent import agent_credentials
-from tests.harness.checkpoint import Checkpoint, checkpoint, ready_with_agent
-from tests.harness.host import Host
-from tests.harness.image import Image
+from tests.harness.checkpoint import Checkpoint
+from tests.harness.image import Files
 from tests.harness.publishing import Publisher
 from tests.harness.repository import RepositoryServer
-from tests.harness.seed import REPOSITORY, Identity, configuration, seed_credential
+from tests.harness.seed import REPOSITORY, Identity
 from tests.harness.updates import Updates
 
 RUNNING = Path("build/image/release")
 _STORE = Path("build/test/checkpoints-staged")
 
 
-def offer(release: releases.Built) -> Publisher:
-    """A repository with the running release and another one."""
-    made = Publisher(releases.FOLDER / f"offered-{release.version}")
-    made.publish(RUNNING)
-    made.publish(release.folder)
-    return made
-
-
-def staged(image: Image, clients: dict[str, Identity], release: releases.Built) -> Checkpoint:
-    """The checkpoint of the booted host with the release in its staging folder."""
-    publisher = offer(release)
-
-    def ready(host: Host) -> None:
-        ready_with_agent(host)
-        updates = Updates(host, clients["admin"])
-        updates.settled()
-        with RepositoryServer(publisher.folder, host.repository_socket, REPOSITORY):
-            updates.do("check")
-            updates.do("download")
-
-    smbios = [*agent_credentials(), seed_credential(configuration(list(clients.values())))]
-    identity = f"{image.identity()} staged {(release.folder / 'manifest.json').read_text()}"
-    return checkpoint(_STORE, identity, image.write_test_disk, ready, smbios=smbios)
+def staged(booted: Checkpoint, admin: Identity, release: releases.Built) -> Checkpoint:
+    """The checkpoint of the booted host with the release in its staging folder, made from that of the booted host."""
+    manifest = (release.folder / "manifest.json").read_text()
+    name = hashlib.sha256(f"{booted.files.directory} {manifest}".encode()).hexdigest()[:16]
+    directory = _STORE / name
+    files = Files(directory, memory=directory / "memory")
+    if not directory.exists():
+        shutil.rmtree(_STORE, ignore_errors=True)
+        publisher = Publisher(releases.FOLDER / "offered-staged")
+        publisher.publish(RUNNING)
+        publisher.publish(release.folder)
+        unfinished = directory.with_suffix(".unfinished")
+        with booted.host(unfinished) as host:
+            host.agent.set_clock()
+            updates = Updates(host, admin)
+            with RepositoryServer(publisher.folder, host.repository_socket, REPOSITORY):
+                updates.do("check")
+                updates.do("download")
+            host.suspend(unfinished / "memory")
+        unfinished.rename(directory)
+    return replace(booted, files=files)
