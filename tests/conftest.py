@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests import requirements, results
 from tests.harness.checkpoint import Checkpoint, fresh, host_checkpoint
+from tests.harness.diagnosis import describe
 from tests.harness.host import Host
 from tests.harness.image import Files, Image
 from tests.harness.machine import Hardware
@@ -82,6 +83,18 @@ def pytest_configure(config: pytest.Config) -> None:
     """Register the marker and the recorder."""
     config.addinivalue_line("markers", "sfr(id, ...): the requirements (requirements.yaml) that the test checks")
     config.pluginmanager.register(Recorder(), "holdfast-recorder")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """With a failure comes what its hosts look like; on a machine of somebody else's there is no second look."""
+    report = yield
+    if report.failed and report.when == "call":
+        hosts = [value for value in getattr(item, "funcargs", {}).values() if isinstance(value, Host) and value.running]
+        report.sections += [("the host under test", describe(host)) for host in hosts]
+    return report
 
 
 # -- the image under test ------------------------------------------------------------------------------------------

@@ -24,5 +24,3 @@ API_STATE = STATE / "api"
 RECOVERY_KEYS = STATE / "recovery"
 UPDATE_STATE = STATE / "update"
 AUDIT_STORE = ROOT / "var/lib/holdfast-audit"
-
-OS_RELEASE = ROOT / "etc/os-release"

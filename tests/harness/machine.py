@@ -25,11 +25,12 @@ _UUID = "484f4c44-4641-4354-8000-000000000001"
 
 @dataclass(frozen=True)
 class Hardware:
-    """Size of the machine: processors, bytes of memory, bytes of disk."""
+    """The machine: processors, bytes of memory, bytes of disk; the raw content of a stick in its USB port."""
 
     cpus: int = 2
     memory: int = 4 * GIB
     disk: int = 8 * GIB
+    stick: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,10 @@ def qemu_command(
     for network in ("management", "operational"):
         capture = files.directory / f"{network}.pcap"
         command += ["-object", f"filter-dump,id=dump-{network},netdev={network},file={capture}"]
+    if hardware.stick:
+        stick = {"node-name": "stick", "driver": "raw", "file": {"driver": "file", "filename": str(hardware.stick)}}
+        command += ["-blockdev", json.dumps(stick), "-device", "qemu-xhci"]
+        command += ["-device", "usb-storage,drive=stick,removable=on"]
     for path in smbios:
         command += ["-smbios", f"type=11,path={path}"]
     return command

@@ -23,10 +23,6 @@ class Publisher:
         """Offer a built release. Raises: CommandFailed as `holdfast-release publish` refuses."""
         self._do("publish", str(release), *options)
 
-    def withdraw(self, version: str) -> None:
-        """Offer a release no more."""
-        self._do("withdraw", version)
-
     def whole_size(self, version: str) -> int:
         """Bytes that a host fetches of a release of which it has nothing."""
         return sum(self._sizes(version, "").values())

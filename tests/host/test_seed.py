@@ -39,16 +39,20 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
 """
 
 
-def test_a_wrong_seed_is_refused_as_a_whole(fresh_disk: Files, clients: dict[str, Identity], seed: str) -> None:
-    """One wrong field: the console names it and the API stays away. Nothing was kept: a right seed then works."""
+def test_a_wrong_seed_is_refused_as_a_whole(fresh_disk: Files, clients: dict[str, Identity], workdir: Path) -> None:
+    """One wrong field: the console names it and the API stays away. Nothing was kept: one on a stick then works."""
     management: dict[str, Any] = {"interface": MANAGEMENT_MAC, "address": "10.0.0", "gateway": None, "dns": []}
     wrong = configuration(list(clients.values()), hostname="wrong", management=management)
     with Host(fresh_disk, smbios=[seed_credential(wrong)]) as host:
         host.serial.expect(r"NOT CONFIGURED: management\.address: ", 60)
         assert not host.api().reachable(0.5)
-    with Host(fresh_disk, smbios=[seed]) as host:
+    document, stick = workdir / "seed.json", workdir / "stick.img"
+    document.write_text(json.dumps(configuration(list(clients.values()), hostname="by-stick")))
+    stick.unlink(missing_ok=True)
+    run([sys.executable, "-m", "vmm.cli", "seed", "stick", document, stick])
+    with Host(fresh_disk, hardware=Hardware(stick=stick)) as host:
         host.wait_ready(clients["admin"])
-        assert host.api(clients["admin"]).call("GET", "/v1/configuration")["hostname"] == "hf1"
+        assert host.api(clients["admin"]).call("GET", "/v1/configuration")["hostname"] == "by-stick"
 
 
 def test_a_seed_in_the_image_configures_the_host(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.unit.test_cli_rig import FakeApi, enrolled, fake_api, holdfast
+from tests.unit.test_core_rig import Rig
 from tests.unit.test_update_machine import World, make_world
 
 _LONGEST_ID = 60
@@ -21,6 +23,15 @@ def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeApi]:
         holdfast("remote", "add", "hf1", server.url, "--fingerprint", server.fingerprint)
         server.seen.clear()
         yield server
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    """Core's parts on a database of their own, as after a start of the service."""
+    made = Rig(tmp_path)
+    asyncio.run(made.recover())
+    yield made
+    made.database.close()
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from tests.unit.test_config_rig import MANAGEMENT_MAC, OPERATIONAL_MAC, HostTree, encoded, host_tree
-from vmm import paths
+from vmm import atomic, paths
 from vmm.audit.client import Entry
-from vmm.config import apply, atomic, load, render, seed
+from vmm.config import apply, load, render, seed
 from vmm.config.types import Failure
 from vmm.errors import Unavailable
 

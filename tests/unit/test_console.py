@@ -17,6 +17,7 @@ from vmm.config.types import Failure
 from vmm.console import __main__ as program
 from vmm.console.facts import gather
 from vmm.console.screen import compose
+from vmm.notify import passed_descriptors
 
 
 @pytest.fixture
@@ -178,6 +179,6 @@ def stop_at_once(_seconds: float) -> None:
 
 def test_terminals_are_those_that_systemd_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LISTEN_FDS", "2")
-    assert program.passed_terminals() == []
+    assert passed_descriptors() == []
     monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
-    assert program.passed_terminals() == [3, 4]
+    assert passed_descriptors() == [3, 4]

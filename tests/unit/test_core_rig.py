@@ -191,7 +191,7 @@ class FakeUpdater:
         if request.method == "import":
             self.bundle = b"".join([chunk async for chunk in channel.data()])
         await asyncio.sleep(self.delays.get(request.method, 0))
-        return {"events": [{"version": "1.0.0"}]} if request.method == "history" else self.status
+        return [{"version": "1.0.0"}] if request.method == "history" else self.status
 
 
 def make_host(root: Path, *, memory: int = 4096 * MIB) -> Host:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -24,14 +23,6 @@ from vmm.machines.types import MAX_STOP_TIMEOUT, MachineSpec, Stopped
 from vmm.volumes.types import MIB
 
 SPEC = MachineSpec("web", 1, 256 * MIB)
-
-
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
-    rig = Rig(tmp_path)
-    asyncio.run(rig.recover())
-    yield rig
-    rig.database.close()
 
 
 async def make(rig: Rig, *names: str, **more: Any) -> None:

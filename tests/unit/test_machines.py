@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from uuid import UUID, uuid4
@@ -22,14 +22,6 @@ from vmm.machines.types import Disk, Interface, MachineSpec
 from vmm.volumes.types import MIB
 
 SPEC = MachineSpec("web", 1, 256 * MIB)
-
-
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
-    rig = Rig(tmp_path)
-    asyncio.run(rig.recover())
-    yield rig
-    rig.database.close()
 
 
 def named(name: str, **changes: object) -> MachineSpec:

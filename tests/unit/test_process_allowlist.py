@@ -39,7 +39,7 @@ _CALLS = {
 }
 
 MOST_LINES = 400
-_LEAF = {"errors", "process", "wire", "paths", "notify"}
+_LEAF = {"errors", "process", "wire", "paths", "notify", "atomic", "release"}
 
 
 def committed() -> Iterator[Path]:

@@ -64,9 +64,10 @@ def test_a_version_that_was_kept_cannot_be_condemned(world: World) -> None:
 
 
 def test_a_newer_version_that_failed_is_left_for_the_console(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    notice, release = world.folder / "notice.json", world.folder / "os-release"
+    notice, release = world.folder / "notice.json", world.folder / "etc/os-release"
+    release.parent.mkdir(exist_ok=True)
     monkeypatch.setattr("vmm.paths.UPDATE_NOTICE", notice)
-    monkeypatch.setattr("vmm.paths.OS_RELEASE", release)
+    monkeypatch.setattr("vmm.paths.ROOT", world.folder)
     monkeypatch.setattr("vmm.paths.UPDATE_STATE", world.env.folder)
     release.write_text("IMAGE_VERSION=1.0.0\n")
     gate.leave_notice()

@@ -65,12 +65,8 @@ def test_hostile_ukis(tmp_path: Path, content: bytes) -> None:
         described(tmp_path, content)
 
 
-@pytest.mark.parametrize("offset", [*range(60, 130), *range(168, 240), *range(304, 400)])
-def test_every_header_field_out_of_bounds(tmp_path: Path, offset: int) -> None:
-    content = bytearray(make_uki("1.0.0", 1, "ab" * 32))
-    content[offset : offset + 4] = b"\xff\xff\xff\xff"
-    path = tmp_path / "uki.efi"
-    path.write_bytes(content)
+def read_all(path: Path) -> None:
+    """Read everything that is read of a UKI; whatever is wrong with it may only be refused."""
     try:
         with path.open("rb") as file:
             image = pe.read(file)
@@ -81,6 +77,15 @@ def test_every_header_field_out_of_bounds(tmp_path: Path, offset: int) -> None:
         pass
 
 
+@pytest.mark.parametrize("offset", [*range(60, 130), *range(168, 240), *range(304, 400)])
+def test_every_header_field_out_of_bounds(tmp_path: Path, offset: int) -> None:
+    content = bytearray(make_uki("1.0.0", 1, "ab" * 32))
+    content[offset : offset + 4] = b"\xff\xff\xff\xff"
+    path = tmp_path / "uki.efi"
+    path.write_bytes(content)
+    read_all(path)
+
+
 def test_random_damage(tmp_path: Path) -> None:
     good, chance = make_uki("1.0.0", 1, "ab" * 32), random.Random(2)
     path = tmp_path / "uki.efi"
@@ -89,14 +94,7 @@ def test_random_damage(tmp_path: Path) -> None:
         for _ in range(min(len(content), chance.randrange(1, 10))):
             content[chance.randrange(min(len(content), 600))] = chance.randrange(256)
         path.write_bytes(content)
-        try:
-            with path.open("rb") as file:
-                image = pe.read(file)
-                pe.authenticode_sha256(file, image)
-                pe.signatures(file, image)
-            pe.describe(path)
-        except Refused:
-            pass
+        read_all(path)
 
 
 def test_links_are_not_followed(tmp_path: Path) -> None:

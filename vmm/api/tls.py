@@ -7,7 +7,7 @@ import ssl
 from collections.abc import Iterable
 from pathlib import Path
 
-from vmm.config import atomic
+from vmm import atomic
 from vmm.errors import UserError
 
 SUITES = frozenset({"TLS_AES_256_GCM_SHA384", "TLS_AES_128_GCM_SHA256"})

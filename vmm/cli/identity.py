@@ -13,10 +13,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from vmm import atomic
 from vmm.cli import settings
 from vmm.cli.command import Commands, add, group
 from vmm.cli.output import fingerprint_text, print_fields
-from vmm.config import atomic
 from vmm.config.certificates import check_certificate
 from vmm.errors import Conflict, NotFound
 

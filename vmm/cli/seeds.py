@@ -8,9 +8,10 @@ import sys
 import uuid
 from pathlib import Path
 
+from vmm import atomic
 from vmm.cli.command import Commands, add, group
 from vmm.cli.output import clean, print_json
-from vmm.config import atomic, gpt, load, seed
+from vmm.config import gpt, load, seed
 from vmm.config.certificates import check_certificate
 from vmm.config.types import Administrator, Configuration, Management, Operational, Role, Update
 from vmm.errors import NotFound, UserError

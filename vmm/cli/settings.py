@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from vmm.config import atomic
+from vmm import atomic
 from vmm.errors import NotFound, UserError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")

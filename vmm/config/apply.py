@@ -13,9 +13,9 @@ from typing import TypeVar
 
 import msgspec
 
-from vmm import paths
+from vmm import atomic, paths
 from vmm.audit.client import Entry, Object
-from vmm.config import atomic, render, sources
+from vmm.config import render, sources
 from vmm.config.interfaces import describe, is_named, present, resolve
 from vmm.config.load import MAX_DOCUMENT, ConfigurationError, decode, encode
 from vmm.config.types import Configuration, Failure

@@ -11,9 +11,9 @@ from vmm import errors
 from vmm.console.facts import gather
 from vmm.console.screen import compose
 from vmm.errors import UserError
+from vmm.notify import passed_descriptors
 
 INTERVAL_S = 2.0
-_FIRST_DESCRIPTOR = 3
 _KDGKBTYPE = 0x4B33
 _CLEAR = "\033[H\033[2J\033[3J"
 
@@ -48,17 +48,9 @@ class Terminal:
 def main() -> None:
     """Draw whenever the text has changed. Raises: UserError when a terminal is gone."""
     try:
-        keep_drawing([Terminal(descriptor) for descriptor in passed_terminals() or [1]], time.sleep)
+        keep_drawing([Terminal(descriptor) for descriptor in passed_descriptors() or [1]], time.sleep)
     except OSError as error:
         raise UserError(f"a terminal is gone: {error.strerror}") from None
-
-
-def passed_terminals() -> list[int]:
-    """The descriptors that the service manager opened (OpenFile= in systemd.service(5), sd_listen_fds(3))."""
-    if os.environ.get("LISTEN_PID") != str(os.getpid()):
-        return []
-    count = int(os.environ.get("LISTEN_FDS", "0"))
-    return list(range(_FIRST_DESCRIPTOR, _FIRST_DESCRIPTOR + count))
 
 
 def keep_drawing(terminals: Sequence[Terminal], sleep: Callable[[float], None]) -> None:

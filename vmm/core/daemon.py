@@ -12,9 +12,8 @@ from uuid import UUID
 
 import msgspec
 
-from vmm import wire
+from vmm import atomic, wire
 from vmm.audit.client import AuditClient, Entry, Object
-from vmm.config import atomic
 from vmm.core.autoupdate import AutoUpdate
 from vmm.core.configuration import AppliedConfiguration
 from vmm.core.db import Database

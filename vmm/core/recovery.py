@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from vmm.config import atomic
+from vmm import atomic
 from vmm.errors import Conflict, NotFound, Unavailable
 from vmm.paths import RECOVERY_KEYS
 
@@ -41,11 +40,7 @@ class Recovery:
             atomic.write(mark, b"", mode=0o640)
             for path in files.values():
                 path.unlink(missing_ok=True)
-            descriptor = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            atomic.sync_folder(self._directory)
         except (OSError, UnicodeError) as error:
             raise Unavailable(f"the recovery keys cannot be read or removed: {error}") from None
         return keys

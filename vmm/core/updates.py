@@ -50,8 +50,8 @@ class UpdateClient:
 
     async def history(self) -> list[Any]:
         """What was installed here, and what became of it."""
-        result: dict[str, list[Any]] = await self._call("history")
-        return result["events"]
+        events: list[Any] = await self._call("history")
+        return events
 
     async def begin(self, job: Job, caller: Call, **params: Any) -> Status:
         """Begin a job; returns once it runs, or has ended at once. Raises: UserError as the updater refuses it."""

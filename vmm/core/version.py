@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import msgspec
 
 from vmm.paths import ROOT
+from vmm.release import os_release, root_hash
 
 PRODUCT = "holdfast"
 
@@ -26,13 +26,9 @@ class Version(msgspec.Struct, frozen=True):
 
 def read(root: Path = ROOT) -> Version:
     """The version of the running system; ``root`` is where /etc, /proc, /sys and /dev lie."""
-    release = dict(
-        line.split("=", 1) for line in (root / "etc/os-release").read_text(encoding="utf-8").splitlines() if "=" in line
-    )
-    hashes = re.findall(r"(?:^|\s)roothash=([0-9a-f]{64})(?=\s|$)", (root / "proc/cmdline").read_text(encoding="utf-8"))
-    root_hash = hashes[-1] if hashes else ""
-    version = release.get("IMAGE_VERSION", "unknown").strip("\"'")
-    return Version(PRODUCT, version, _slot(root, root_hash) if root_hash else "", root_hash)
+    version = os_release(root).get("IMAGE_VERSION", "unknown")
+    found = root_hash(root)
+    return Version(PRODUCT, version, _slot(root, found) if found else "", found)
 
 
 def _slot(root: Path, root_hash: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from uuid import UUID
 
+from vmm import atomic
 from vmm.hypervisor.domain import FIRMWARE_VARIABLES
 from vmm.volumes import files
 
@@ -32,7 +33,7 @@ class Nvram:
                 file.flush()
                 os.fsync(file.fileno())
             new.replace(path)
-            files.sync_directory(self._directory)
+            atomic.sync_folder(self._directory)
         return path
 
     def remove(self, id: UUID) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from vmm import atomic
 from vmm.update import files
 from vmm.update.errors import NoRoom, Refused
 
@@ -79,7 +80,7 @@ class Unpacker:
         if not (self._work / "metadata/timestamp.json").is_file():
             raise Refused(LAYER, "it holds no metadata/timestamp.json; it must be a tar of a repository, uncompressed")
         for folder, _, _ in os.walk(self._work):
-            files.sync_folder(Path(folder))
+            atomic.sync_folder(Path(folder))
         old = self._folder.with_name(f"{self._folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if self._folder.exists():

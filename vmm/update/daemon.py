@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import pwd
 import signal
 import socket
@@ -14,7 +13,7 @@ from pathlib import Path
 from vmm import wire
 from vmm.audit.client import AuditClient
 from vmm.errors import Unavailable
-from vmm.notify import notify
+from vmm.notify import notify, passed_descriptors
 from vmm.paths import APPLIED_CONFIG, UPDATE_STATE
 from vmm.process import run as run_program
 from vmm.update import host
@@ -27,7 +26,6 @@ from vmm.update.system import HostSystem
 from vmm.update.work import Work
 
 CORE_USER = "holdfast-core"
-_FIRST_FD = 3
 
 
 def environment(folder: Path) -> Environment:
@@ -59,9 +57,10 @@ def _leave(how: How) -> None:
 
 def listening() -> socket.socket:
     """The socket that systemd hands over (sd_listen_fds(3)). Raises: Unavailable when there is none."""
-    if os.environ.get("LISTEN_PID") != str(os.getpid()) or os.environ.get("LISTEN_FDS") != "1":
-        raise Unavailable("the updater is started by its socket, holdfast-update.socket")
-    return socket.socket(fileno=_FIRST_FD)
+    match passed_descriptors():
+        case [descriptor]:
+            return socket.socket(fileno=descriptor)
+    raise Unavailable("the updater is started by its socket, holdfast-update.socket")
 
 
 async def serve(server_socket: socket.socket, service: Service, idle: float = IDLE_S) -> None:

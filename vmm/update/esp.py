@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from vmm import atomic
 from vmm.errors import UserError
 from vmm.paths import ROOT
 from vmm.update import pe
-from vmm.update.files import sync_folder
 from vmm.update.types import version_key
 
 LINUX = ROOT / "efi/EFI/Linux"
@@ -55,6 +56,11 @@ def entries(linux: Path = LINUX) -> list[BootEntry]:
     return sorted(found, key=lambda entry: (version_key(entry.version), entry.path.name), reverse=True)
 
 
+def started_by(entries: Iterable[BootEntry], root_hash: str) -> BootEntry | None:
+    """The entry that starts the system with a root hash, or None."""
+    return next((entry for entry in entries if entry.uki is not None and entry.uki.root_hash == root_hash), None)
+
+
 def mark_bad(entry: BootEntry) -> BootEntry:
     """Make systemd-boot pass over an entry: no tries left. Raises: OSError."""
     name = f"holdfast_{entry.version}+0" + (f"-{entry.done}" if entry.done is not None else "") + ".efi"
@@ -69,5 +75,5 @@ def mark_good(entry: BootEntry) -> BootEntry:
 def _rename(path: Path, name: str) -> Path:
     target = path.with_name(name)
     os.replace(path, target)
-    sync_folder(target.parent)
+    atomic.sync_folder(target.parent)
     return target

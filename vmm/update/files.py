@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from vmm import atomic
 from vmm.update.errors import NoRoom
 
 CHUNK = 1 << 20
@@ -14,19 +15,10 @@ RESERVE = 64 << 20
 """Bytes that an update leaves to everybody else on a volume."""
 
 
-def sync_folder(folder: Path) -> None:
-    """Make names in a folder durable. Raises: OSError."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def publish(temporary: Path, final: Path) -> None:
     """Give a written and synced file its name. Raises: OSError."""
     os.replace(temporary, final)
-    sync_folder(final.parent)
+    atomic.sync_folder(final.parent)
 
 
 def sha384(path: Path, *, size: int | None = None, tick: Callable[[int], None] = lambda count: None) -> str:

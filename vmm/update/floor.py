@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
-from vmm.config import atomic
+from vmm import atomic
 from vmm.paths import ROOT
 from vmm.process import CommandFailed, run
 from vmm.update.errors import Refused

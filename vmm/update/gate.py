@@ -16,13 +16,12 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
-from vmm import errors, paths, wire
+from vmm import atomic, errors, paths, wire
 from vmm.audit.client import AuditClient, Entry, Object
-from vmm.config import atomic
 from vmm.config.addresses import management_addresses
 from vmm.config.types import Configuration
 from vmm.errors import Unavailable, UserError
-from vmm.process import run
+from vmm.release import os_release
 from vmm.update.settle import Verdict
 from vmm.update.state import Store
 from vmm.update.types import version_key
@@ -133,11 +132,9 @@ def _ask(method: str, **params: str) -> Verdict:
 def _running() -> str:
     """The version that runs, "" if this is no image."""
     try:
-        lines = paths.OS_RELEASE.read_text(encoding="utf-8").splitlines()
+        return os_release(paths.ROOT).get("IMAGE_VERSION", "")
     except OSError:
         return ""
-    release = dict(line.split("=", 1) for line in lines if "=" in line)
-    return release.get("IMAGE_VERSION", "").strip("\"'")
 
 
 def _nothing_to_judge() -> bool:
@@ -178,22 +175,12 @@ def judge(checks: Mapping[str, Check], deadline: float = DEADLINE_S) -> str:
     return f"{verdict.version} is kept"
 
 
-def main() -> int:
-    """The program. When the updater itself is what is broken, the boot loader's count of tries ends the trial."""
-    try:
-        if not _nothing_to_judge():
-            print(f"gate: {judge(host_checks())}", flush=True)
-        leave_notice()
-    except UserError as error:
-        print(f"gate: {error.message}", flush=True)
-        if (paths.ROOT / "sys/firmware/efi/efivars" / _TRIAL).exists():
-            run(["systemctl", "--no-block", "reboot"], timeout=60)
-        return 1
-    return 0
+def main() -> None:
+    """The program. Where it fails itself, holdfast-gate-failed.service ends a trial. Raises: UserError."""
+    if not _nothing_to_judge():
+        print(f"gate: {judge(host_checks())}", flush=True)
+    leave_notice()
 
-
-_TRIAL = "LoaderBootCountPath-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"
-"""systemd-boot sets it while it counts the tries of what it started (systemd-boot(7))."""
 
 if __name__ == "__main__":
     errors.main(main)

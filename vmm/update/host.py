@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import msgspec
 
+from vmm import release
 from vmm.config.types import Update
 from vmm.errors import Unavailable
 from vmm.paths import ROOT
@@ -31,20 +31,20 @@ class Running(msgspec.Struct, frozen=True):
 def running(root: Path = ROOT) -> Running:
     """Read it. Raises: Unavailable when this is no image of ours."""
     try:
-        lines = (root / "etc/os-release").read_text(encoding="utf-8").splitlines()
-        release = {key: value.strip("\"'") for key, _, value in (line.partition("=") for line in lines)}
-        hashes = re.findall(r"(?:^|\s)roothash=([0-9a-f]{64})(?=\s|$)", (root / "proc/cmdline").read_text())
-        version = release.get("IMAGE_VERSION", "")
+        fields, root_hash = release.os_release(root), release.root_hash(root)
+        version = fields.get("IMAGE_VERSION", "")
         version_key(version)
+        if not root_hash:
+            raise ValueError("no root hash on the command line")
         return Running(
             version=version,
-            epoch=_number(release.get("HOLDFAST_EPOCH", "")),
-            root_hash=hashes[-1],
-            built=max(_number(release.get("HOLDFAST_BUILT", "")), int((root / ROOT_METADATA).stat().st_mtime)),
+            epoch=_number(fields.get("HOLDFAST_EPOCH", "")),
+            root_hash=root_hash,
+            built=max(_number(fields.get("HOLDFAST_BUILT", "")), int((root / ROOT_METADATA).stat().st_mtime)),
             machine_id=(root / "etc/machine-id").read_text().strip(),
             boot=(root / "proc/sys/kernel/random/boot_id").read_text().strip(),
         )
-    except (OSError, ValueError, IndexError) as error:
+    except (OSError, ValueError) as error:
         raise Unavailable(
             f"this system cannot be updated: it is no image with a root hash and a version ({error})"
         ) from None

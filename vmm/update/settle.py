@@ -7,7 +7,7 @@ from typing import Literal
 
 import msgspec
 
-from vmm.update.esp import BootEntry
+from vmm.update.esp import BootEntry, started_by
 from vmm.update.state import State, Waiting
 from vmm.update.types import version_key
 
@@ -34,7 +34,7 @@ def judge(state: State, entries: Sequence[BootEntry], version: str, root_hash: s
     of the waiting version, if anything.
     """
     waiting = state.installed
-    own = next((entry for entry in entries if entry.uki is not None and entry.uki.root_hash == root_hash), None)
+    own = started_by(entries, root_hash)
     if waiting is None:
         # A first installation has no counter; it counts as blessed as soon as it runs.
         new = own is not None and own.blessed and version not in state.blessed

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from vmm.config import atomic
+from vmm import atomic
 from vmm.errors import Unavailable, UserError
 from vmm.update import files, targets
 from vmm.update.base import Bases
@@ -110,7 +110,7 @@ class Staging:
         for path in self.folder.iterdir():
             if path.name not in kept:
                 path.unlink()
-        files.sync_folder(self.folder)
+        atomic.sync_folder(self.folder)
 
     def verify(self, release: Release, job: Job) -> None:
         """Hash all parts once more, before they are used. Raises: Refused; Cancelled; OSError."""

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from vmm.config import atomic
+from vmm import atomic
 from vmm.update.types import Failed, VersionText
 
 _MOST_HISTORY = 500

@@ -20,7 +20,7 @@ from tuf.api.metadata import Metadata, Signed, TargetFile
 from tuf.api.metadata import Targets as TufTargets
 from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
 
-from vmm.config import atomic
+from vmm import atomic
 from vmm.errors import Unavailable
 from vmm.update.clock import Moment
 from vmm.update.errors import Missing, Refused

@@ -12,7 +12,7 @@ from vmm.errors import Conflict, Unavailable, UserError
 from vmm.update import choice, clock, install, slots, targets, trust
 from vmm.update.environment import Enter, Environment
 from vmm.update.errors import Refused
-from vmm.update.esp import BootEntry, mark_bad, mark_good
+from vmm.update.esp import BootEntry, mark_bad, mark_good, started_by
 from vmm.update.job import Job
 from vmm.update.records import Caller, Type
 from vmm.update.settle import Verdict, judge, newest_usable
@@ -167,8 +167,7 @@ class Work:
             return {"seals_kept": error.message}
 
     def _own_entry(self) -> BootEntry | None:
-        entries, root_hash = self._env.system.entries(), self._env.running.root_hash
-        return next((entry for entry in entries if entry.uki is not None and entry.uki.root_hash == root_hash), None)
+        return started_by(self._env.system.entries(), self._env.running.root_hash)
 
     def _record_failure(self, verdict: Verdict, entries: list[BootEntry]) -> None:
         env = self._env

@@ -6,6 +6,7 @@ import grp
 import os
 from pathlib import Path
 
+from vmm import atomic
 from vmm.errors import Unavailable
 
 IMPORT_GROUP = "holdfast-import"
@@ -17,15 +18,6 @@ def make_directory(path: Path) -> None:
     path.chmod(0o711)
 
 
-def sync_directory(path: Path) -> None:
-    """Make entries added to or removed from a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def create(path: Path, size: int) -> None:
     """Make a sparse file that reads as ``size`` zero bytes. Raises: Unavailable when the disk does not take it."""
     try:
@@ -35,7 +27,7 @@ def create(path: Path, size: int) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        sync_directory(path.parent)
+        atomic.sync_folder(path.parent)
     except OSError as error:
         raise Unavailable(f"the volume's file cannot be made: {error.strerror}") from None
 
@@ -43,7 +35,7 @@ def create(path: Path, size: int) -> None:
 def remove(path: Path) -> None:
     """Remove a file if it is there, durably."""
     path.unlink(missing_ok=True)
-    sync_directory(path.parent)
+    atomic.sync_folder(path.parent)
 
 
 def share_with_converter(path: Path) -> None:
