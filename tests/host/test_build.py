@@ -34,7 +34,7 @@ def test_a_killed_build_leaves_nothing_that_changes_the_next(built_image: Image)
 
 def _bits(release: Path) -> dict[str, str]:
     """What a release holds. Of the UKI, whose signature tells the time, it is the PCR 11 that all its parts give."""
-    manifest = json.loads((release / "manifest.json").read_text())
+    manifest: dict[str, str] = json.loads((release / "manifest.json").read_text())
     del manifest["uki_sha256"]
     files = {path.name: path for path in release.glob("*.raw")}
     assert {"root.raw", "verity.raw", "signature.raw"} == set(files) and manifest["pcr11"]
