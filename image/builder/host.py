@@ -122,6 +122,8 @@ def make_tools(layout: Layout) -> None:
             "--dpkgopt=path-exclude=/usr/share/doc/*",
             "--dpkgopt=path-exclude=/usr/share/locale/*",
             f"--components={','.join(_COMPONENTS)}",
+            # On Ubuntu mmdebstrap would not look there by itself.
+            f"--keyring={_KEYRING}",
             "trixie",
             fresh,
             *([sources_file] if sources else []),
