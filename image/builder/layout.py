@@ -120,14 +120,18 @@ class Layout:
 
 
 def digest(paths: Iterable[Path], *words: str) -> str:
-    """SHA-256 over files (folders with all that is in them), their names and modes, and some words."""
+    """SHA-256 over files (folders with all that is in them), their names and modes, and some words.
+
+    Where the repository lies makes no difference.
+    """
     state = hashlib.sha256(json.dumps(words).encode())
     for path in paths:
         files = sorted(p for p in path.rglob("*") if "__pycache__" not in p.parts) if path.is_dir() else [path]
         for file in files:
+            name = file.relative_to(path.parent)
             if file.is_symlink():
-                state.update(f"{file}\0{os.readlink(file)}\0".encode())
+                state.update(f"{name}\0{os.readlink(file)}\0".encode())
             elif file.is_file():
-                state.update(f"{file}\0{file.stat().st_mode & 0o777:o}\0".encode())
+                state.update(f"{name}\0{file.stat().st_mode & 0o777:o}\0".encode())
                 state.update(hashlib.sha256(file.read_bytes()).digest())
     return state.hexdigest()
