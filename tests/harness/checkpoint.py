@@ -115,10 +115,10 @@ def checkpoint(
         with Host(machine, smbios=smbios, hardware=hardware, accelerated=accelerated) as host:
             ready(host)
             host.suspend(unfinished / "memory")
+        # The disk's backing file will move with the folder.
+        base = directory.absolute() / "base.raw"
+        run(["qemu-img", "rebase", "-u", "-f", "qcow2", "-F", "raw", "-b", base, machine.disk])
         unfinished.rename(directory)
-        # The disk's backing file moved with the folder.
-        base = directory.resolve() / "base.raw"
-        run(["qemu-img", "rebase", "-u", "-f", "qcow2", "-F", "raw", "-b", base, files.disk])
     return Checkpoint(files, tuple(smbios), hardware, accelerated)
 
 
