@@ -48,7 +48,7 @@ def build_image(layout: Layout) -> None:
     make_disk(layout, slot, _fill_esp(layout, keys))
     (layout.release_folder / "uki.efi").unlink(missing_ok=True)
     (layout.release_folder / "uki.efi").hardlink_to(layout.uki)
-    _write_manifest(layout, slot)
+    write_manifest(layout, slot)
     shutil.copy2(layout.mkosi_output / "vmlinuz", layout.image / "vmlinuz")
     make_test_extension(layout, keys)
     stamp.write_text(inputs)
@@ -145,7 +145,8 @@ def _fill_esp(layout: Layout, keys: KeySet) -> Path:
     return esp
 
 
-def _write_manifest(layout: Layout, slot: Slot) -> None:
+def write_manifest(layout: Layout, slot: Slot) -> None:
+    """State what was built, beside the image and in the release folder. Raises: UserError above a limit."""
     release = layout.release_folder
     sizes = {"uki": layout.uki.stat().st_size, "root": (release / "root.raw").stat().st_size}
     sizes["payload"] = sizes["uki"] + sum(_packed_bytes(release / f"{name}.raw") for name in slot.uuids)

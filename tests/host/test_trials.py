@@ -1,0 +1,163 @@
+"""A host that breaks starts again by itself, and a version that breaks it is left for the one before."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from image.builder.efidisk import find_esp
+from signing.keys import make_development_keys
+from tests.harness import releases
+from tests.harness.api import ApiError
+from tests.harness.checkpoint import Checkpoint
+from tests.harness.host import Host
+from tests.harness.image import Image
+from tests.harness.publishing import Publisher
+from tests.harness.repository import RepositoryServer
+from tests.harness.seed import REPOSITORY, Identity
+from tests.harness.updates import Updates, slot
+
+
+def _on_trial(host: Host, drop_in: str) -> None:
+    """Have the gate, changed by a drop-in, judge a start as if it were a trial, and do not wait for it."""
+    gate, failed = (f"/run/systemd/system/{unit}.service.d" for unit in ("holdfast-gate", "holdfast-gate-failed"))
+    host.agent.exec(["mkdir", "-p", gate, failed])
+    host.agent.write(f"{gate}/test.conf", drop_in.encode())
+    # Only the boot loader can make a real trial.
+    never = b"[Unit]\nConditionPathExists=\n"
+    host.agent.write(f"{failed}/test.conf", never)
+    host.agent.exec(["systemctl", "daemon-reload"])
+    host.agent.exec(["systemctl", "--no-block", "restart", "holdfast-gate.service"])
+
+
+@pytest.mark.sfr("FPT_TUD_EXT.1")
+@pytest.mark.parametrize(
+    "drop_in",
+    [
+        pytest.param("[Service]\nExecStart=\nExecStart=/usr/bin/sleep infinity\nTimeoutStartSec=2s\n", id="it-hangs"),
+        pytest.param(
+            "[Unit]\nRequires=hangs.service\nAfter=hangs.service\nJobTimeoutSec=2s\n", id="its-turn-never-comes"
+        ),
+    ],
+)
+def test_a_trial_whose_gate_does_not_decide_ends(host: Host, drop_in: str) -> None:
+    """The host restarts, so that the boot loader counts a try."""
+    hangs = b"[Service]\nType=oneshot\nExecStart=/usr/bin/sleep infinity\n"
+    host.agent.write("/run/systemd/system/hangs.service", hangs)
+    _on_trial(host, drop_in)
+    host.wait_reset(30)
+
+
+_STOP_THE_SERVICE_MANAGER = """
+import ctypes
+ptrace = ctypes.CDLL(None, use_errno=True).ptrace
+PTRACE_SEIZE, PTRACE_INTERRUPT = 0x4206, 0x4207
+result = [ptrace(PTRACE_SEIZE, 1, None, None), ptrace(PTRACE_INTERRUPT, 1, None, None)]
+"""
+
+
+@pytest.mark.sfr("FPT_TUD_EXT.1")
+def test_a_host_whose_service_manager_stands_still_is_restarted_by_its_watchdog(host: Host) -> None:
+    """The watchdog is the machine's own (iTCO), so it would also see a kernel that stands still."""
+    manager = ["org.freedesktop.systemd1", "/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager"]
+    seconds = host.agent.exec(["busctl", "get-property", *manager, "RuntimeWatchdogUSec"]).out
+    assert seconds.split() == ["t", "120000000"]
+    # So that the test need not last two minutes.
+    host.agent.exec(["busctl", "set-property", *manager, "RuntimeWatchdogUSec", "t", "5000000"])
+    assert host.agent.python(_STOP_THE_SERVICE_MANAGER) == [0, 0]
+    host.wait_reset(30)
+
+
+@pytest.mark.sfr("FPT_TUD_EXT.1")
+def test_a_host_whose_service_manager_crashes_restarts(host: Host) -> None:
+    """Otherwise it would stand there, half alive."""
+    host.agent.python("import os, signal; result = os.kill(1, signal.SIGSEGV)")
+    host.wait_reset(10)
+
+
+def _panics(sources: Path) -> None:
+    with (sources / "image/cmdline").open("a") as line:
+        line.write("rdinit=/nowhere\n")
+
+
+def _hangs(sources: Path) -> None:
+    with (sources / "image/cmdline").open("a") as line:
+        line.write("rd.systemd.unit=basic.target\n")
+    unit = sources / "image/initrd/rootfs/usr/lib/systemd/system/holdfast-trial.service"
+    text = unit.read_text()
+    assert "RuntimeMaxSec=10min" in text
+    unit.write_text(text.replace("RuntimeMaxSec=10min", "RuntimeMaxSec=20s"))
+
+
+@pytest.fixture(scope="session")
+def foreign_policy(built_image: Image) -> Path:
+    """Keys that the firmware knows, with a policy key that the volumes are not sealed to."""
+    own, keys = built_image.build / "keys", releases.FOLDER / "foreign-policy-keys"
+    if not keys.exists():
+        fresh = keys.with_suffix(".new")
+        shutil.rmtree(fresh, ignore_errors=True)
+        make_development_keys(fresh)
+        for name in ("db.key", "db.crt", "verity.key", "verity.crt"):
+            shutil.copy2(own / name, fresh / name)
+        fresh.rename(keys)
+    return keys
+
+
+@pytest.mark.sfr("FPT_TUD_EXT.1", "FPT_ML_EXT.1", "FAU_GEN.1")
+def test_versions_that_do_not_get_far_are_left_by_themselves(
+    booted: Checkpoint, built_image: Image, clients: dict[str, Identity], foreign_policy: Path, workdir: Path
+) -> None:
+    """A kernel panic, a hanging initrd, volumes that stay closed, a root with nothing in it: each ends its tries.
+
+    The last one came through the updater, which then tells what became of it, on the console, in its answer and in the
+    trail. The others are only put where the boot loader finds them, with one try each, newest first.
+    """
+    running = built_image.root_hash
+    made = {
+        "0.9.3": releases.build_hollow("panics", "0.9.3", change=_panics),
+        "0.9.2": releases.build_hollow("hangs", "0.9.2", change=_hangs),
+        "0.9.1": releases.build_hollow("sealed", "0.9.1", keys=foreign_policy, root_hash=running),
+    }
+    hollow = releases.build_hollow("hollow", "0.1.3")
+    publisher = Publisher(releases.FOLDER / "offered-hollow")
+    publisher.publish(hollow.folder)
+    host = booted.host(workdir, faulty_disk=True)
+    with host:
+        host.agent.set_clock()
+        updates = Updates(host, clients["admin"])
+        with RepositoryServer(publisher.folder, host.repository_socket, REPOSITORY):
+            updates.do("check")
+            updates.do("download")
+        assert slot(updates.do("apply"), "b")["tries"] == 3
+        host.power_cut()
+        esp = find_esp(host.files.flat_disk)
+        for version, release in made.items():
+            esp.put(release.folder / "uki.efi", f"EFI/Linux/holdfast_{version}+1.efi")
+        host.power_on()
+        for _ in made:
+            host.wait_reset(60)
+        for _ in range(3):
+            host.wait_reset(60)
+        host.wait_ready(clients["admin"], 120)
+        status = updates.settled()
+        assert status["running"] == "0.1.0"
+        (failed,) = status["failed"]
+        assert failed["version"] == "0.1.3"
+        assert failed["reason"] == "it did not reach its health gate in 3 tries; 0.1.0 was started again"
+        record = updates.records("update.failed")[-1]
+        assert (record["outcome"], record["reason"], record["object"]["id"]) == ("failure", failed["reason"], "0.1.3")
+        host.serial.expect("UPDATE FAILED: 0.1.3: it did not reach its health gate")
+        with (
+            RepositoryServer(publisher.folder, host.repository_socket, REPOSITORY),
+            pytest.raises(ApiError, match="failed here before"),
+        ):
+            updates.do("download")
+        host.power_cut()
+    names = find_esp(host.files.flat_disk).names("EFI/Linux")
+    assert {f"EFI/Linux/holdfast_{version}+0-1.efi" for version in made} < set(names), names
+    told = (host.files.directory / "serial.log").read_text(errors="replace")
+    for sign in ("Kernel panic", "Failed to unseal"):
+        assert sign in told
+    host.files.discard()
