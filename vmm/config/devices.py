@@ -52,6 +52,14 @@ def block_devices(root: Path) -> Iterator[Device]:
         )
 
 
+def below(root: Path, mapped: str) -> list[str]:
+    """The partitions that an open volume of the device mapper lies on; none if it is not open. Raises: OSError."""
+    for entry in (root / "sys/class/block").glob("dm-*"):
+        if (entry / "dm/name").read_text().strip() == mapped:
+            return sorted(slave.name for slave in (entry / "slaves").iterdir())
+    return []
+
+
 def _text(path: Path) -> str:
     try:
         return path.read_text(errors="replace")

@@ -35,7 +35,7 @@ def environment(folder: Path) -> Environment:
     store = Store(folder)
     if store.damaged:
         print(f"update: {store.damaged}", file=sys.stderr, flush=True)
-    system = HostSystem(running.version, running.root_hash)
+    system = HostSystem(running.version)
     system.mount_esp()
     return Environment(
         folder=folder,

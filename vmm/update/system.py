@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 from uuid import UUID
 
-from vmm.config import gpt
+from vmm.config import devices, gpt
 from vmm.paths import ROOT
 from vmm.process import CommandFailed, run
 from vmm.update import base, esp, files, firmware, seals, signer, slots
@@ -80,10 +80,9 @@ class System(Protocol):
 class HostSystem:
     """The real machine."""
 
-    def __init__(self, version: str, root_hash: str, root: Path = ROOT) -> None:
-        """Arguments: ``version`` and ``root_hash`` of the running system; ``root`` is where /dev, /sys, /efi lie."""
+    def __init__(self, version: str, root: Path = ROOT) -> None:
+        """Arguments: ``version`` of the running system; ``root`` is where /dev, /sys, /efi lie."""
         self._version = version
-        self._root_hash = root_hash
         self._root = root
 
     def table(self) -> gpt.Table:
@@ -100,13 +99,14 @@ class HostSystem:
         raise Refused("slots", f"the kernel does not know partition {partition.number}")
 
     def _disk(self) -> str:
-        """The disk's name: that of the partition which the running root's hash leads to."""
-        uuid = slots.uuids(self._root_hash)[0]
-        try:
-            partition = (self._root / "dev/disk/by-partuuid" / str(uuid)).readlink().name
-        except OSError as error:
-            raise Refused("slots", f"the running system's partition {uuid} is not found: {error.strerror}") from None
-        return (self._root / "sys/class/block" / partition).resolve().parent.name
+        """The disk's name: that of what lies under the running root.
+
+        Not by the partition's UUID, which a stick may have, too: udev lets the last that was plugged in win.
+        """
+        partitions = devices.below(self._root, "root")
+        if not partitions:
+            raise Refused("slots", "the running system's partition is not found: nothing lies under /dev/mapper/root")
+        return (self._root / "sys/class/block" / partitions[0]).resolve().parent.name
 
     def mount_esp(self) -> None:
         """Mount the EFI system partition of the running system's disk, for this process and its children alone.
