@@ -17,6 +17,8 @@ _MOST_FAILED, _MOST_BLESSED = 32, 64
 _MOST_FILE = 8 << 20
 
 SourceName = Literal["repository", "bundle"]
+AskedSource = Literal[SourceName, "stick"]
+"""Where to look for a release. A stick is no source that lasts: its bundle is imported, and is the source then."""
 
 
 class Waiting(msgspec.Struct, frozen=True):

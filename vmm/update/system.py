@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 from uuid import UUID
 
 from vmm.config import devices, gpt
+from vmm.config.devices import Device
 from vmm.paths import ROOT
 from vmm.process import CommandFailed, run
 from vmm.update import base, esp, files, firmware, seals, signer, slots
@@ -74,6 +75,10 @@ class System(Protocol):
 
     def base(self, part: str, size: int | None) -> AbstractContextManager[mmap]:
         """Opens a part of the running version (base.py)."""
+        ...
+
+    def sticks(self) -> list[Device]:
+        """Partitions that may bring a bundle, on any disk but the system's, by name. Raises: Refused; OSError."""
         ...
 
 
@@ -186,6 +191,16 @@ class HostSystem:
         path, known = self._base(part)
         with base.mapped(path, size if size is not None else known) as content:
             yield content
+
+    def sticks(self) -> list[Device]:
+        """See System."""
+        system = self._disk()
+        found = (
+            device
+            for device in devices.block_devices(self._root)
+            if device.is_partition and device.partition_name == devices.UPDATE_PARTITION and device.disk != system
+        )
+        return sorted(found, key=lambda device: device.name)
 
     def _base(self, part: str) -> tuple[Path, int | None]:
         """Where a part of the running version lies, and its size as it says itself."""

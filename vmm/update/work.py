@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from vmm.errors import Conflict, Unavailable, UserError
-from vmm.update import choice, clock, install, slots, targets, trust
+from vmm.update import choice, clock, install, slots, stick, targets, trust
 from vmm.update.environment import Enter, Environment
 from vmm.update.errors import Refused
 from vmm.update.esp import BootEntry, mark_bad, mark_good, started_by
@@ -18,7 +18,7 @@ from vmm.update.records import Caller, Type
 from vmm.update.settle import Verdict, judge, newest_usable
 from vmm.update.source import DirectorySource, HttpSource, Source
 from vmm.update.staging import Origin
-from vmm.update.state import SourceName, Waiting
+from vmm.update.state import AskedSource, SourceName, Waiting
 from vmm.update.types import Failed, Release, version_key
 
 
@@ -29,12 +29,14 @@ class Work:
         self._env = environment
 
     def check(
-        self, job: Job, caller: Caller, enter: Enter, *, source: SourceName | None, override_expiry: bool
+        self, job: Job, caller: Caller, enter: Enter, *, source: AskedSource | None, override_expiry: bool
     ) -> None:
-        """See what the repository offers. Raises: UserError."""
+        """See what the repository offers; of a stick, the bundle on it is imported first. Raises: UserError."""
         enter("checking")
         store = self._env.store
-        name = source or self._usual_source()
+        if source == "stick":
+            self._import_stick(job, caller)
+        name = "bundle" if source == "stick" else source or self._usual_source()
         with self._recorded("update.check", job, caller, {"override_expiry": override_expiry}) as extra:
             origin, trusted = self._refresh(name, override_expiry, job, extra)
             chosen = choice.choose(trusted.targets, _loader(origin, trusted), self._host(), trusted.moment.time)
@@ -179,6 +181,16 @@ class Work:
         env.recorder.event("update.failed", verdict.version, failed=True, reason=verdict.reason, extra=extra)
         failed = Failed(verdict.version, verdict.reason, clock.rfc3339(env.now()))
         env.store.fail(failed, installed=None)
+
+    def _import_stick(self, job: Job, caller: Caller) -> None:
+        """Take the bundle on the stick that is plugged in, as one that was uploaded. Raises: UserError."""
+        env = self._env
+        with _named_errors():
+            found = stick.only(env.system.sticks())
+        with self._recorded("update.import", job, caller, {"device": found.name}) as extra:
+            extra["bytes"] = stick.take(found, env.bundle, job)
+            env.store.change(source="bundle", overridden=False)
+        job.expect(0)
 
     def _usual_source(self) -> SourceName:
         return "repository" if self._env.configuration() else "bundle"
