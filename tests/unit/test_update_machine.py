@@ -66,6 +66,7 @@ class Machine:
     steps: Callable[[str], None] = lambda step: None
     signer: str = "CN=db in db"
     seals_renewed: int = 0
+    seals_error: str = ""
     sticks_: list[Device] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -148,6 +149,8 @@ class Machine:
         self.steps("drop caches")
 
     def renew_seals(self) -> list[str]:
+        if self.seals_error:
+            raise Refused("seals", self.seals_error)
         self.seals_renewed += 1
         return ["data: token 0"]
 
