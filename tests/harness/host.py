@@ -17,8 +17,8 @@ from tests.harness.diskserver import DiskServer
 from tests.harness.guarded import Guarded
 from tests.harness.image import Files, flatten
 from tests.harness.link import Link
-from tests.harness.machine import Hardware, Sockets, qemu_command
-from tests.harness.qmp import Qmp
+from tests.harness.machine import Hardware, Sockets, qemu_command, stick_node
+from tests.harness.qmp import Qmp, QmpError
 from tests.harness.seed import Identity
 from tests.harness.stream import Console, connect_console
 from tests.harness.tpm import Tpm
@@ -197,6 +197,25 @@ class Host:
     def cut_link(self, network: str, cut: bool = True) -> None:
         """Take the carrier from the card of "management" or "operational", or give it back."""
         self.qmp.execute("set_link", {"name": network, "up": not cut})
+
+    def plug_stick(self, content: Path) -> None:
+        """Put a stick with this raw content into the USB port; the host sees it some time later. Raises: QmpError."""
+        self.qmp.execute("blockdev-add", stick_node(content))
+        stick = {"driver": "usb-storage", "id": "stick", "bus": "usb.0", "drive": "stick", "removable": True}
+        self.qmp.execute("device_add", stick)
+
+    def unplug_stick(self) -> None:
+        """Pull the stick out, in use or not. Raises: QmpError when there is none; Expired."""
+        self.qmp.execute("device_del", {"id": "stick"})
+        self.qmp.wait_event("DEVICE_DELETED", 30, matches=lambda event: event["data"].get("device") == "stick")
+        poll(self._forget_stick, 30, "QEMU lets go of the stick")
+
+    def _forget_stick(self) -> bool:
+        try:
+            self.qmp.execute("blockdev-del", {"node-name": "stick"})
+        except QmpError:
+            return False
+        return True
 
     def snapshot(self, name: str) -> None:
         """Keep disk, variables, TPM and memory inside this machine's own files; it runs on."""

@@ -85,6 +85,11 @@ def _disk_node(files: Files, sockets: Sockets, *, served: bool) -> str:
     return json.dumps({**node, "driver": "qcow2", "cache": {"no-flush": True}, "file": file})
 
 
+def stick_node(content: Path) -> dict[str, Any]:
+    """The block device behind a stick with this content."""
+    return {"node-name": "stick", "driver": "raw", "file": {"driver": "file", "filename": str(content.resolve())}}
+
+
 def _socket(name: str, path: Path, log: Path | None = None) -> list[Argument]:
     logging = f",logfile={log},logappend=on" if log else ""
     return ["-chardev", f"socket,id={name},path={path},server=on,wait=off{logging}"]
@@ -127,10 +132,11 @@ def qemu_command(
     for network in ("management", "operational"):
         capture = files.directory / f"{network}.pcap"
         command += ["-object", f"filter-dump,id=dump-{network},netdev={network},file={capture}"]
+    # Last, so that the other devices keep their places; always, so that a stick can be plugged in (Host.plug_stick).
+    command += ["-device", "qemu-xhci,id=usb"]
     if hardware.stick:
-        stick = {"node-name": "stick", "driver": "raw", "file": {"driver": "file", "filename": str(hardware.stick)}}
-        command += ["-blockdev", json.dumps(stick), "-device", "qemu-xhci"]
-        command += ["-device", "usb-storage,drive=stick,removable=on"]
+        command += ["-blockdev", json.dumps(stick_node(hardware.stick))]
+        command += ["-device", "usb-storage,id=stick,bus=usb.0,drive=stick,removable=on"]
     for path in smbios:
         command += ["-smbios", f"type=11,path={path}"]
     return command

@@ -34,6 +34,7 @@ CALLS: list[tuple[str, str, Any, str, dict[str, Any], int]] = [
     ("GET", "/v1/update", None, "update.status", {}, 200),
     ("GET", "/v1/update/history", None, "update.history", {}, 200),
     ("POST", "/v1/update/check", {"source": "bundle"}, "update.check", {"source": "bundle"}, 202),
+    ("POST", "/v1/update/check", {"source": "stick"}, "update.check", {"source": "stick"}, 202),
     ("POST", "/v1/update/download", {"version": "1.2.0"}, "update.download", {"version": "1.2.0"}, 202),
     ("POST", "/v1/update/apply", None, "update.apply", {}, 202),
     ("POST", "/v1/update/cancel", None, "update.cancel", {}, 200),

@@ -72,6 +72,14 @@ def later(api: FakeApi, *states: dict[str, Any]) -> None:
             "nothing newer than 1.0.0",
         ),
         (
+            ("check", "--source", "stick"),
+            "POST /v1/update/check",
+            {"override_expiry": False, "source": "stick"},
+            {"phase": "checking", "total": 1 << 30, "done": 1 << 20},
+            {"available": "1.1.0"},
+            "release 1.1.0 is available",
+        ),
+        (
             ("download",),
             "POST /v1/update/download",
             {"version": None, "retry_failed": False},

@@ -47,6 +47,15 @@ def test_the_machine_has_secure_boot_tpm_and_both_networks(tmp_path: Path) -> No
     assert "-no-reboot" not in line
 
 
+def test_a_stick_can_be_in_the_usb_port_or_come_later(tmp_path: Path) -> None:
+    assert command(tmp_path)[-4:] == ["-device", "qemu-xhci,id=usb", "-smbios", "type=11,path=/tmp/hf-x/smbios-0"]
+    nowhere = Path("/tmp/hf-x")  # noqa: S108 - nothing is made there
+    with_stick = replace(HARDWARE, stick=tmp_path / "stick.img")
+    line = qemu_command(Files(tmp_path), Sockets(nowhere), with_stick, accel.TCG, (), served_disk=False)
+    assert line[-2:] == ["-device", "usb-storage,id=stick,bus=usb.0,drive=stick,removable=on"]
+    assert json.loads(str(line[-3]))["file"]["filename"] == str(tmp_path / "stick.img")
+
+
 def test_a_served_disk_keeps_its_flushes(tmp_path: Path) -> None:
     def node(served: bool) -> dict[str, object]:
         arguments = command(tmp_path, served=served)

@@ -19,6 +19,7 @@ import msgspec
 from tests.unit.test_update_rig import MIB, SECONDS, Repository, plain
 from vmm.audit.client import Actor, Entry
 from vmm.config import gpt
+from vmm.config.devices import Device
 from vmm.update import base, esp, slots
 from vmm.update.environment import Environment, How
 from vmm.update.errors import Refused
@@ -65,6 +66,8 @@ class Machine:
     steps: Callable[[str], None] = lambda step: None
     signer: str = "CN=db in db"
     seals_renewed: int = 0
+    seals_error: str = ""
+    sticks_: list[Device] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.linux = self.folder / "efi/EFI/Linux"
@@ -146,8 +149,13 @@ class Machine:
         self.steps("drop caches")
 
     def renew_seals(self) -> list[str]:
+        if self.seals_error:
+            raise Refused("seals", self.seals_error)
         self.seals_renewed += 1
         return ["data: token 0"]
+
+    def sticks(self) -> list[Device]:
+        return self.sticks_
 
     def check_signer(self, uki: Path) -> str:
         self.steps("signer")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import base64
+from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from tests.unit.test_update_machine import World, boot, install
-from vmm.update import seals
+from tests.unit.test_update_machine import Killed, Power, World, boot, install
+from vmm.update import gate, seals
 from vmm.update.errors import Refused
 
 
@@ -64,3 +66,109 @@ def test_only_a_rising_epoch_takes_seals_away(world: World) -> None:
     world.work.settle()
     assert (world.machine.seals_renewed, world.env.floor.read()) == (1, 2)
     assert world.records[-1].extra["seals_removed"] == ["data: token 0"]
+
+
+REASON = "a volume is not sealed to the present policy key yet; its old seals stay"
+
+
+def bless_with_seals_kept(world: World) -> None:
+    """1.1.0 raised the floor to 2, and its old seals could not be taken away."""
+    install(world)
+    boot(world, "1.1.0", epoch=2)
+    world.env.floor.raise_to(1)
+    world.machine.seals_error = REASON
+    assert world.work.bless().kind == "blessed"
+    assert world.env.floor.read() == 2 and world.machine.seals_renewed == 0
+    assert world.records[-1].type == "update.bless"
+    assert world.records[-1].extra["seals_kept"] == f"seals: {REASON}"
+
+
+def again(world: World) -> list[tuple[str, str, Any]]:
+    """What another start puts on record."""
+    before = len(world.records)
+    world.restarted()
+    assert world.work.settle().kind == "nothing"
+    return [(entry.type, entry.outcome, entry.extra["seals_removed"]) for entry in world.records[before:]]
+
+
+def shortcut(world: World, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the gate of the running version leaves the updater alone."""
+    (world.folder / "etc").mkdir(exist_ok=True)
+    (world.folder / "etc/os-release").write_text(f"IMAGE_VERSION={world.env.running.version}\n")
+    monkeypatch.setattr("vmm.paths.ROOT", world.folder)
+    monkeypatch.setattr("vmm.paths.UPDATE_STATE", world.env.folder)
+    return gate._nothing_to_judge()
+
+
+def test_seals_that_stayed_are_tried_again_until_they_are_gone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    bless_with_seals_kept(world)
+    for _ in range(3):
+        assert not shortcut(world, monkeypatch)
+        assert again(world) == []
+    world.machine.seals_error = "a volume's header cannot be understood"
+    assert again(world) == [("update.seals", "failure", [])]
+    assert world.records[-1].reason == "seals: a volume's header cannot be understood"
+    assert again(world) == []
+    world.machine.seals_error = ""
+    assert again(world) == [("update.seals", "success", ["data: token 0"])]
+    assert world.records[-1].object.id == "1.1.0" and world.machine.seals_renewed == 1
+    assert shortcut(world, monkeypatch)
+    assert again(world) == [] and world.machine.seals_renewed == 1
+
+
+def test_errors_of_the_disk_are_tried_again_too(world: World) -> None:
+    bless_with_seals_kept(world)
+
+    def fail() -> list[str]:
+        return [Path("/nonexistent/pcr.pem").read_text()]
+
+    world.machine.renew_seals = fail  # type: ignore[method-assign]
+    assert again(world) == [("update.seals", "failure", [])]
+    assert world.records[-1].reason == "/nonexistent/pcr.pem: No such file or directory"
+    assert again(world) == []
+
+
+def test_an_older_system_put_back_does_not_take_the_newer_ones_seals(world: World) -> None:
+    bless_with_seals_kept(world)
+    world.machine.seals_error = ""
+    boot(world, "1.0.0", epoch=1)
+    world.env.store.change(blessed=("1.0.0",))
+    assert world.work.settle().kind == "nothing"
+    world.env.store.change(blessed=())
+    assert world.work.settle().kind == "blessed"
+    assert world.machine.seals_renewed == 0 and world.env.floor.read() == 2
+    boot(world, "1.1.0", epoch=2)
+    world.work.settle()
+    assert world.machine.seals_renewed == 1
+
+
+def test_a_version_on_trial_takes_no_seals(world: World) -> None:
+    bless_with_seals_kept(world)
+    world.machine.seals_error = ""
+    world.repository.add("1.2.0", epoch=2)
+    world.offer()
+    install(world)
+    boot(world, "1.2.0", epoch=2)
+    assert world.work.settle().kind == "trial" and world.machine.seals_renewed == 0
+    assert world.work.bless().kind == "blessed" and world.machine.seals_renewed == 1
+    assert world.records[-1].extra["seals_removed"] == ["data: token 0"]
+
+
+def test_a_kill_while_the_seals_are_renewed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whenever it comes, the next starts take the seals away, and the floor is up."""
+    install(world)
+    boot(world, "1.1.0", epoch=2)
+    world.env.floor.raise_to(1)
+    for after in range(40):
+        with monkeypatch.context() as patch:
+            Power(after, patch, ("fsync", "replace", "rename"))
+            try:
+                world.work.bless()
+            except Killed:
+                pass
+            else:
+                break
+        world.restarted()
+        assert world.env.floor.read() < 2 or world.env.store.state.seals_kept or world.machine.seals_renewed
+    assert after > 3 and world.machine.seals_renewed >= 1
+    assert world.env.floor.read() == 2 and not world.env.store.state.seals_kept

@@ -97,7 +97,7 @@ def test_a_whole_update(world: World) -> None:
 @pytest.mark.parametrize(
     ("method", "params"),
     [
-        ("check", {"source": "stick"}),
+        ("check", {"source": "disk"}),
         ("check", {"other": 1}),
         ("download", {"version": "../1"}),
         ("download", {"version": 7}),

@@ -131,7 +131,7 @@ def test_read_back_by_veritysetup(tmp_path: Path) -> None:
     said = run(["/usr/sbin/veritysetup", "format", data, tree]).stdout
     found = re.search(r"Root hash:\s+([0-9a-f]{64})", said)
     assert found
-    system = HostSystem("1.0.0", found[1])
+    system = HostSystem("1.0.0")
     with data.open("ab") as file:
         file.write(b"what was in the partition before")
     system.drop_caches((data, tree))
@@ -145,23 +145,28 @@ def test_read_back_by_veritysetup(tmp_path: Path) -> None:
         system.verify(data, tree, "0" * 64)
 
 
-def test_the_host_is_found_by_its_root_hash(tmp_path: Path) -> None:
+def test_the_disk_is_found_by_the_running_root(tmp_path: Path) -> None:
     """The disk is the one with the running root on it, not another with partitions of the same names."""
     disk = Disk(tmp_path)
     table = disk.table()
     root_hash = (table.partitions[0].id.hex + table.partitions[1].id.hex).lower()
-    for folder in ("dev/disk/by-partuuid", "sys/class/block", "sys/devices/vda", "efi/EFI/Linux"):
-        (tmp_path / "root" / folder).mkdir(parents=True)
     root = tmp_path / "root"
+    for folder in ("dev", "sys/class/block/dm-0/dm", "sys/class/block/dm-0/slaves", "sys/devices/vda"):
+        (root / folder).mkdir(parents=True)
     (root / "dev/vda").symlink_to(disk.image)
-    (root / "dev/disk/by-partuuid" / str(table.partitions[0].id)).symlink_to("../../vda1")
+    (root / "sys/class/block/dm-0/dm/name").write_text("root\n")
+    for name in ("vda1", "vda2"):
+        (root / "sys/class/block/dm-0/slaves" / name).symlink_to(f"../../../../devices/vda/{name}")
+    # A stick with the same image, which udev found later.
+    (root / "dev/disk/by-partuuid").mkdir(parents=True)
+    (root / "dev/disk/by-partuuid" / str(table.partitions[0].id)).symlink_to("../../sdb1")
     (root / "sys/class/block/vda").symlink_to("../../devices/vda")
     for partition in table.partitions:
         name = f"vda{partition.number}"
         (root / "sys/devices/vda" / name).mkdir()
         (root / "sys/devices/vda" / name / "partition").write_text(f"{partition.number}\n")
         (root / "sys/class/block" / name).symlink_to(f"../../devices/vda/{name}")
-    system = HostSystem("1.0.0", root_hash, root)
+    system = HostSystem("1.0.0", root)
     assert system.table() == table
     assert system.device(table.partitions[4]) == root / "dev/vda5"
     assert {part: p.number for part, p in slots.inactive(table, root_hash).items()} == {
@@ -170,4 +175,4 @@ def test_the_host_is_found_by_its_root_hash(tmp_path: Path) -> None:
         "signature": 6,
     }
     with pytest.raises(Refused, match="slots: the running system's partition"):
-        HostSystem("1.0.0", "0" * 64, root).table()
+        HostSystem("1.0.0", tmp_path).table()

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
+import tarfile
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 
 from vmm.cli.client import Api, decoded
 from vmm.cli.command import Commands, add, group, remotely
 from vmm.cli.output import Progress, clean, confirm, human_size, print_fields, print_json, print_table
+from vmm.config import devices, gpt
 from vmm.errors import UserError
 
 # Each look is a call, and so a record in the audit trail.
 _POLL_S = 2.0
 _BUSY = ("checking", "downloading", "writing", "verifying", "finishing")
 _NONE = "-"
+_STICK_TYPE = uuid.UUID(devices.UPDATE_PARTITION_TYPE)
+_BUNDLE_HINT = "a bundle is made by `tar -C REPOSITORY -cf BUNDLE metadata targets`"
 
 
 class Slot(msgspec.Struct, frozen=True):
@@ -86,7 +92,14 @@ def register(commands: Commands) -> None:
     """Add the commands to the parser."""
     verbs = group(commands, "update", "bring the host to another release")
     parser = _job(verbs, "check", "look for a release", _check)
-    parser.add_argument("--bundle", action="store_true", help="look into the imported bundle, not the repository")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--source",
+        choices=("bundle", "stick"),
+        default="",
+        help="look into the imported bundle, or import that on the stick in the host, instead of the repository",
+    )
+    source.add_argument("--bundle", action="store_const", dest="source", const="bundle", help="as --source bundle")
     parser.add_argument(
         "--override-expiry", action="store_true", help="accept metadata that has expired, for hosts without network"
     )
@@ -100,6 +113,9 @@ def register(commands: Commands) -> None:
     _job(verbs, "rollback", "have the older of the two releases start from the next restart on", _rollback)
     parser = add(verbs, "import", "hand a release to the host as a file", remotely(_import))
     parser.add_argument("file", type=Path, help="the bundle")
+    parser = add(verbs, "stick", "make an image for a USB stick that hands a release to any host", _stick)
+    parser.add_argument("bundle", type=Path, help="the bundle")
+    parser.add_argument("out", type=Path, help="the new image")
     verbs = group(commands, "host", "restart the host, or switch it off")
     for name, help_text, action in (
         ("reboot", "stop all machines and restart the host; those that ran are started again", _reboot),
@@ -116,7 +132,7 @@ def _job(verbs: Commands, name: str, help_text: str, action: Any) -> argparse.Ar
 
 
 async def _check(api: Api, args: argparse.Namespace) -> None:
-    body = {"override_expiry": args.override_expiry, "source": "bundle" if args.bundle else ""}
+    body = {"override_expiry": args.override_expiry, "source": args.source}
     status = await _run(api, args, "check", body)
     if status is not None:
         if status.available and status.available != status.running:
@@ -212,6 +228,30 @@ async def _import(api: Api, args: argparse.Namespace) -> None:
     _print(raw, args)
     if not args.json:
         print("imported; `holdfast update check --bundle` looks into it", file=sys.stderr)
+
+
+def _stick(args: argparse.Namespace) -> None:
+    path: Path = args.bundle
+    with path.open("rb") as bundle:
+        _check_bundle(path, bundle)
+        size = bundle.seek(0, os.SEEK_END)
+        partition = gpt.create(args.out, size, _STICK_TYPE, devices.UPDATE_PARTITION)
+        gpt.copy_into_partition(args.out, partition, bundle)
+    print(f"wrote {args.out}; copy it to a stick as it is", file=sys.stderr)
+
+
+def _check_bundle(path: Path, bundle: BinaryIO) -> None:
+    """Find out here, not at the host, what is no bundle; the host checks everything anew. Raises: UserError."""
+    try:
+        with tarfile.open(fileobj=bundle, mode="r:") as archive:
+            names = {member.name.removeprefix("./") for member in archive}
+            bundle.seek(archive.offset)
+        if bundle.read(1024) != bytes(1024):
+            raise tarfile.ReadError("its end is missing")
+    except tarfile.TarError as error:
+        raise UserError(f"{path}: not a whole, uncompressed tar: {error}", hint=_BUNDLE_HINT) from None
+    if "metadata/timestamp.json" not in names:
+        raise UserError(f"{path}: it holds no metadata/timestamp.json", hint=_BUNDLE_HINT)
 
 
 async def _reboot(api: Api, args: argparse.Namespace) -> None:

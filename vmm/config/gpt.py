@@ -6,7 +6,9 @@ at any point leaves one valid copy: the backup first, then the primary.
 
 from __future__ import annotations
 
+import io
 import os
+import shutil
 import stat
 import struct
 import uuid
@@ -132,12 +134,19 @@ def create(path: Path, size: int, type_id: uuid.UUID, name: str) -> Partition:
 
 def write_partition(path: Path, partition: Partition, content: bytes) -> None:
     """Fill a partition with ``content`` and zeros behind it. Raises: UserError if it is too long."""
-    if len(content) > partition.size:
-        raise UserError(f"the partition {partition.name} has {partition.size} bytes; {len(content)} do not fit")
+    copy_into_partition(path, partition, io.BytesIO(content))
+
+
+def copy_into_partition(path: Path, partition: Partition, content: BinaryIO) -> None:
+    """Fill a partition with all of a file, and zeros behind it. Raises: UserError if it is too long; OSError."""
+    length = content.seek(0, os.SEEK_END)
+    if length > partition.size:
+        raise UserError(f"the partition {partition.name} has {partition.size} bytes; {length} do not fit")
+    content.seek(0)
     with path.open("r+b") as disk:
         disk.seek(partition.offset)
-        disk.write(content)
-        left = partition.size - len(content)
+        shutil.copyfileobj(content, disk, ALIGNMENT)
+        left = partition.size - length
         zeros = bytes(ALIGNMENT)
         while left:
             left -= disk.write(zeros[: min(left, ALIGNMENT)])

@@ -7,10 +7,10 @@ import binascii
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from vmm import paths
 from vmm.config import seed
+from vmm.config.devices import Device, block_devices
 from vmm.errors import UserError
 
 # A disk with this partition is the one the host was installed on; a stick put in must win over it.
@@ -18,8 +18,6 @@ SYSTEM_PARTITION = "holdfast-data"
 
 _CREDENTIAL = re.compile(rb"io\.systemd\.credential(\.binary)?:holdfast\.seed=(.*)", re.DOTALL)
 _MAX_SMBIOS = 256 * 1024
-# Devices that only the host itself makes (or, the floppy, that take seconds to say they are empty).
-_NOT_MEDIA = re.compile(r"(?:dm-|loop|ram|zram|md|nbd|fd|mtdblock)")
 
 
 @dataclass(frozen=True)
@@ -38,17 +36,6 @@ class SourceError(UserError):
     def __init__(self, source: str, message: str) -> None:
         super().__init__(f"{source}: {message}")
         self.source = source
-
-
-@dataclass(frozen=True)
-class _Device:
-    """A block device as /sys shows it: a disk, or a partition of one."""
-
-    name: str
-    disk: str
-    partition_name: str
-    is_partition: bool
-    removable: bool
 
 
 def find() -> Source | None:
@@ -89,7 +76,7 @@ def smbios_strings(raw: bytes) -> list[bytes]:
 
 
 def _devices() -> Iterator[Source]:
-    devices = sorted(_block_devices(), key=lambda device: device.name)
+    devices = sorted(block_devices(paths.ROOT), key=lambda device: device.name)
     system = {device.disk for device in devices if device.partition_name == SYSTEM_PARTITION}
     partitioned = {device.disk for device in devices if device.is_partition}
     for device in sorted(devices, key=lambda device: (device.disk in system, not device.removable)):
@@ -102,47 +89,17 @@ def _devices() -> Iterator[Source]:
             yield Source(name, document)
 
 
-def _block_devices() -> Iterator[_Device]:
-    for entry in (paths.ROOT / "sys/class/block").glob("*"):
-        if _NOT_MEDIA.match(entry.name):
-            continue
-        # /sys/class/block/sda1 is a link to .../block/sda/sda1.
-        directory = entry.resolve()
-        is_partition = (directory / "partition").exists()
-        disk = directory.parent if is_partition else directory
-        uevent = dict(line.split("=", 1) for line in _text(directory / "uevent").splitlines() if "=" in line)
-        yield _Device(
-            name=entry.name,
-            disk=disk.name,
-            partition_name=uevent.get("PARTNAME", ""),
-            is_partition=is_partition,
-            removable=_text(disk / "removable").strip() == "1",
-        )
-
-
-def _text(path: Path) -> str:
+def _has_magic(device: Device) -> bool:
     try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""
-
-
-def _node(device: _Device) -> Path:
-    # The kernel writes the / of names such as cciss/c0d0 as !.
-    return paths.ROOT / "dev" / device.name.replace("!", "/")
-
-
-def _has_magic(device: _Device) -> bool:
-    try:
-        with _node(device).open("rb", buffering=0) as file:
+        with device.node.open("rb", buffering=0) as file:
             return file.read(len(seed.MAGIC)) == seed.MAGIC
     except OSError:
         return False
 
 
-def _read(device: _Device, name: str) -> bytes | None:
+def _read(device: Device, name: str) -> bytes | None:
     try:
-        with _node(device).open("rb") as file:
+        with device.node.open("rb") as file:
             return seed.read(file)
     except UserError as error:
         raise SourceError(name, error.message) from None

@@ -76,13 +76,13 @@ class Stop(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class CheckUpdate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where to look for a release: the configured repository or, "bundle", what was imported.
+    """Where to look for a release: the configured repository; "bundle", what was imported; "stick", what is plugged in.
 
     ``override_expiry`` takes metadata that has expired, for hosts that have neither network nor clock.
     """
 
     override_expiry: bool = False
-    source: Literal["", "bundle"] = ""
+    source: Literal["", "bundle", "stick"] = ""
 
 
 class DownloadUpdate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

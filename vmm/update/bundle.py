@@ -1,4 +1,4 @@
-"""Unpacking a bundle: a plain tar of a repository (metadata/ and targets/), as an administrator uploads it.
+"""Unpacking a bundle: a plain tar of a repository (metadata/ and targets/), uploaded or on a stick.
 
 Written by anybody, so nothing in it is taken at its word: regular files only, names from a short alphabet, every size
 limited before a byte is written. A reader of our own, fed piece by piece, because the standard library's reads
@@ -20,10 +20,11 @@ from vmm.update.errors import NoRoom, Refused
 
 LAYER = "bundle"
 _BLOCK = 512
+_END_BLOCKS = 2
 _MOST_FILES = 4096
 _MOST_FILE = 2 << 30
 _MOST_METADATA = 4 << 20
-_MOST_TOTAL = 8 << 30
+_MOST_TOTAL = 4 << 30
 _MOST_EXTENSION = 4096
 _NAME = re.compile(
     r"metadata/[0-9A-Za-z][0-9A-Za-z._-]{0,127}\.json|targets/holdfast_[0-9.]{5,32}/[0-9a-f]{96}\.[a-z0-9.-]{1,64}"
@@ -34,8 +35,13 @@ _FOLDER = re.compile(r"(\.|metadata|targets(/holdfast_[0-9.]{5,32})?)/?")
 class Unpacker:
     """Takes a tar's bytes by feed(), and puts the repository in place at finish()."""
 
-    def __init__(self, folder: Path, free: Callable[[Path], int] = files.free) -> None:
-        """Arguments: ``folder`` is where the repository shall lie; what is there stays until finish()."""
+    def __init__(
+        self, folder: Path, free: Callable[[Path], int] = files.free, *, ends_itself: bool = False
+    ) -> None:
+        """Arguments: ``folder`` is where the repository shall lie; what is there stays until finish().
+
+        ``ends_itself`` is for a partition, longer than its tar: what follows the tar's own end is not looked at.
+        """
         self._folder = folder
         self._work = folder.with_name(f"{folder.name}.new")
         self._free = free
@@ -45,9 +51,15 @@ class Unpacker:
         self._extension = ""
         self._longer_name = ""
         self._total = self._count = 0
-        self._ended = False
+        self._ends_itself = ends_itself
+        self._zero_blocks = 0
         shutil.rmtree(self._work, ignore_errors=True)
         self._work.mkdir(mode=0o700, parents=True)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the two zero blocks came that end a tar."""
+        return self._zero_blocks >= _END_BLOCKS
 
     def feed(self, content: bytes) -> None:
         """Take the next bytes. Raises: Refused; NoRoom; OSError."""
@@ -55,7 +67,7 @@ class Unpacker:
         if self._total > _MOST_TOTAL:
             raise Refused(LAYER, f"it has more than {_MOST_TOTAL} bytes")
         view = memoryview(content)
-        while view:
+        while view and not (self._ends_itself and self.ended):
             if self._file is not None:
                 piece, view = view[: self._left], view[self._left :]
                 self._file.write(piece)
@@ -74,14 +86,14 @@ class Unpacker:
                     self._extend(block) if self._left else self._header(block)
 
     def finish(self) -> None:
-        """The upload is complete: make it durable and put it in place. Raises: Refused; OSError."""
-        if not self._ended or self._buffer:
+        """The bundle is complete: make it durable and put it in place. Raises: Refused; OSError."""
+        if not self._zero_blocks or self._buffer:
             raise Refused(LAYER, "it is incomplete, or no tar")
         if not (self._work / "metadata/timestamp.json").is_file():
             raise Refused(LAYER, "it holds no metadata/timestamp.json; it must be a tar of a repository, uncompressed")
         for folder, _, _ in os.walk(self._work):
             atomic.sync_folder(Path(folder))
-        old = self._folder.with_name(f"{self._folder.name}.old")
+        old = _former(self._folder)
         shutil.rmtree(old, ignore_errors=True)
         if self._folder.exists():
             os.replace(self._folder, old)
@@ -89,7 +101,7 @@ class Unpacker:
         shutil.rmtree(old, ignore_errors=True)
 
     def abort(self) -> None:
-        """Forget the upload; never raises."""
+        """Forget what was not put in place; never raises."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -97,9 +109,9 @@ class Unpacker:
 
     def _header(self, block: bytes) -> None:
         if block == bytes(_BLOCK):
-            self._ended = True
+            self._zero_blocks += 1
             return
-        if self._ended:
+        if self._zero_blocks:
             raise Refused(LAYER, "there is something behind its end")
         if int(_octal(block[148:156])) != sum(block[:148]) + 8 * 32 + sum(block[156:]):
             raise Refused(LAYER, "it is no tar, or damaged")
@@ -153,6 +165,16 @@ class Unpacker:
             os.fsync(self._file.fileno())
             self._file.close()
             self._file = None
+
+
+def recover(folder: Path) -> None:
+    """After a kill between the two renamings of finish(), the former bundle is there again. Raises: OSError."""
+    if _former(folder).exists() and not folder.exists():
+        os.replace(_former(folder), folder)
+
+
+def _former(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.old")
 
 
 def _text(field: bytes) -> str:

@@ -9,6 +9,7 @@ import msgspec
 from vmm.errors import UserError
 from vmm.update.environment import How
 from vmm.update.records import Caller
+from vmm.update.state import AskedSource
 from vmm.update.types import VersionText
 
 _T = TypeVar("_T")
@@ -26,9 +27,12 @@ class Parameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Check(Parameters, frozen=True):
-    """Parameters of ``check``. Without a source it is the repository, or the bundle if none is configured."""
+    """Parameters of ``check``. Without a source it is the repository, or the bundle if none is configured.
 
-    source: Literal["", "repository", "bundle"] = ""
+    With "stick" the bundle on the stick that is plugged in is imported first.
+    """
+
+    source: Literal["", AskedSource] = ""
     override_expiry: bool = False
 
 

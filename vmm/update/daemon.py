@@ -16,7 +16,7 @@ from vmm.errors import Unavailable
 from vmm.notify import notify, passed_descriptors
 from vmm.paths import APPLIED_CONFIG, UPDATE_STATE
 from vmm.process import run as run_program
-from vmm.update import host
+from vmm.update import bundle, host
 from vmm.update.environment import Environment, How
 from vmm.update.floor import open_floor
 from vmm.update.records import Recorder
@@ -35,9 +35,9 @@ def environment(folder: Path) -> Environment:
     store = Store(folder)
     if store.damaged:
         print(f"update: {store.damaged}", file=sys.stderr, flush=True)
-    system = HostSystem(running.version, running.root_hash)
+    system = HostSystem(running.version)
     system.mount_esp()
-    return Environment(
+    made = Environment(
         folder=folder,
         running=running,
         system=system,
@@ -49,6 +49,8 @@ def environment(folder: Path) -> Environment:
         now=time.time,
         leave=_leave,
     )
+    bundle.recover(made.bundle)
+    return made
 
 
 def _leave(how: How) -> None:

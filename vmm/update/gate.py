@@ -138,9 +138,11 @@ def _running() -> str:
 
 
 def _nothing_to_judge() -> bool:
-    """Whether no version waits and the running one is known to be good, so that the updater need not be started."""
+    """Whether no version waits, the running one is known to be good, and no old seals are left to be taken away, so
+    that the updater need not be started.
+    """
     state = Store(paths.UPDATE_STATE).state
-    return state.installed is None and _running() in state.blessed
+    return state.installed is None and _running() in state.blessed and not state.seals_kept
 
 
 def leave_notice() -> None:

@@ -21,6 +21,7 @@ Type = Literal[
     "update.rollback",
     "update.failed",
     "update.bless",
+    "update.seals",
     "update.import",
 ]
 Append = Callable[[Entry], int]

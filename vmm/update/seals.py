@@ -17,6 +17,7 @@ import msgspec
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 
+from vmm.config import devices
 from vmm.paths import ROOT
 from vmm.process import run
 from vmm.update.errors import Refused
@@ -91,8 +92,7 @@ def renew(root: Path = ROOT) -> list[str]:
 
 def _device(root: Path, volume: str) -> Path:
     """The partition under an open volume. Raises: Refused."""
-    for mapped in (root / "sys/class/block").glob("dm-*"):
-        if (mapped / "dm/name").read_text().strip() == volume:
-            (below,) = (mapped / "slaves").iterdir()
-            return root / "dev" / below.name
+    match devices.below(root, volume):
+        case [partition]:
+            return root / "dev" / partition
     raise Refused(LAYER, f"the volume {volume} is not open")

@@ -48,7 +48,7 @@ class Source(Protocol):
 
 
 class DirectorySource:
-    """A repository in a folder: an unpacked bundle, or a stick."""
+    """A repository in a folder: an unpacked bundle."""
 
     def __init__(self, folder: Path, name: str = "bundle") -> None:
         self._folder = folder

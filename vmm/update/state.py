@@ -17,6 +17,8 @@ _MOST_FAILED, _MOST_BLESSED = 32, 64
 _MOST_FILE = 8 << 20
 
 SourceName = Literal["repository", "bundle"]
+AskedSource = Literal[SourceName, "stick"]
+"""Where to look for a release. A stick is no source that lasts: its bundle is imported, and is the source then."""
 
 
 class Waiting(msgspec.Struct, frozen=True):
@@ -37,6 +39,7 @@ class State(msgspec.Struct, frozen=True):
     and where the next download goes.
 
     ``overridden`` is whether that check was told to accept expired metadata; so is the download that follows it.
+    ``seals_kept`` is why seals to older policy keys are still there, though their epoch was left; empty if none are.
     """
 
     source: SourceName | None = None
@@ -47,6 +50,7 @@ class State(msgspec.Struct, frozen=True):
     installed: Waiting | None = None
     failed: tuple[Failed, ...] = ()
     blessed: tuple[str, ...] = ()
+    seals_kept: str = ""
 
 
 class GateFailure(msgspec.Struct, frozen=True):

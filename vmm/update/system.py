@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Literal, Protocol
 from uuid import UUID
 
-from vmm.config import gpt
+from vmm.config import devices, gpt
+from vmm.config.devices import Device
 from vmm.paths import ROOT
 from vmm.process import CommandFailed, run
 from vmm.update import base, esp, files, firmware, seals, signer, slots
@@ -76,14 +77,17 @@ class System(Protocol):
         """Opens a part of the running version (base.py)."""
         ...
 
+    def sticks(self) -> list[Device]:
+        """Partitions that may bring a bundle, on any disk but the system's, by name. Raises: Refused; OSError."""
+        ...
+
 
 class HostSystem:
     """The real machine."""
 
-    def __init__(self, version: str, root_hash: str, root: Path = ROOT) -> None:
-        """Arguments: ``version`` and ``root_hash`` of the running system; ``root`` is where /dev, /sys, /efi lie."""
+    def __init__(self, version: str, root: Path = ROOT) -> None:
+        """Arguments: ``version`` of the running system; ``root`` is where /dev, /sys, /efi lie."""
         self._version = version
-        self._root_hash = root_hash
         self._root = root
 
     def table(self) -> gpt.Table:
@@ -100,13 +104,14 @@ class HostSystem:
         raise Refused("slots", f"the kernel does not know partition {partition.number}")
 
     def _disk(self) -> str:
-        """The disk's name: that of the partition which the running root's hash leads to."""
-        uuid = slots.uuids(self._root_hash)[0]
-        try:
-            partition = (self._root / "dev/disk/by-partuuid" / str(uuid)).readlink().name
-        except OSError as error:
-            raise Refused("slots", f"the running system's partition {uuid} is not found: {error.strerror}") from None
-        return (self._root / "sys/class/block" / partition).resolve().parent.name
+        """The disk's name: that of what lies under the running root.
+
+        Not by the partition's UUID, which a stick may have, too: udev lets the last that was plugged in win.
+        """
+        partitions = devices.below(self._root, "root")
+        if not partitions:
+            raise Refused("slots", "the running system's partition is not found: nothing lies under /dev/mapper/root")
+        return (self._root / "sys/class/block" / partitions[0]).resolve().parent.name
 
     def mount_esp(self) -> None:
         """Mount the EFI system partition of the running system's disk, for this process and its children alone.
@@ -186,6 +191,16 @@ class HostSystem:
         path, known = self._base(part)
         with base.mapped(path, size if size is not None else known) as content:
             yield content
+
+    def sticks(self) -> list[Device]:
+        """See System."""
+        system = self._disk()
+        found = (
+            device
+            for device in devices.block_devices(self._root)
+            if device.is_partition and device.partition_name == devices.UPDATE_PARTITION and device.disk != system
+        )
+        return sorted(found, key=lambda device: device.name)
 
     def _base(self, part: str) -> tuple[Path, int | None]:
         """Where a part of the running version lies, and its size as it says itself."""

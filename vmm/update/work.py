@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from vmm.errors import Conflict, Unavailable, UserError
-from vmm.update import choice, clock, install, slots, targets, trust
+from vmm.update import choice, clock, install, slots, stick, targets, trust
 from vmm.update.environment import Enter, Environment
 from vmm.update.errors import Refused
 from vmm.update.esp import BootEntry, mark_bad, mark_good, started_by
@@ -18,7 +18,7 @@ from vmm.update.records import Caller, Type
 from vmm.update.settle import Verdict, judge, newest_usable
 from vmm.update.source import DirectorySource, HttpSource, Source
 from vmm.update.staging import Origin
-from vmm.update.state import SourceName, Waiting
+from vmm.update.state import AskedSource, SourceName, Waiting
 from vmm.update.types import Failed, Release, version_key
 
 
@@ -29,12 +29,14 @@ class Work:
         self._env = environment
 
     def check(
-        self, job: Job, caller: Caller, enter: Enter, *, source: SourceName | None, override_expiry: bool
+        self, job: Job, caller: Caller, enter: Enter, *, source: AskedSource | None, override_expiry: bool
     ) -> None:
-        """See what the repository offers. Raises: UserError."""
+        """See what the repository offers; of a stick, the bundle on it is imported first. Raises: UserError."""
         enter("checking")
         store = self._env.store
-        name = source or self._usual_source()
+        if source == "stick":
+            self._import_stick(job, caller)
+        name = "bundle" if source == "stick" else source or self._usual_source()
         with self._recorded("update.check", job, caller, {"override_expiry": override_expiry}) as extra:
             origin, trusted = self._refresh(name, override_expiry, job, extra)
             chosen = choice.choose(trusted.targets, _loader(origin, trusted), self._host(), trusted.moment.time)
@@ -114,7 +116,10 @@ class Work:
             mark_bad(newest)
 
     def settle(self) -> Verdict:
-        """Judge the boot, once it can be judged; a second call finds nothing to do. Raises: UserError."""
+        """Judge the boot, once it can be judged; a second call finds nothing to do but to try the seals again.
+
+        Raises: UserError.
+        """
         env = self._env
         run = env.running
         with _named_errors():
@@ -123,14 +128,9 @@ class Work:
             entries = env.system.entries()
             verdict = judge(env.store.state, entries, run.version, run.root_hash, run.boot, gate)
             if verdict.kind == "blessed":
-                seals = self._renew_seals() if 0 < env.floor.read() < run.epoch else {}
-                env.floor.raise_to(run.epoch)
-                env.recorder.event(
-                    "update.bless",
-                    run.version,
-                    extra={"epoch": run.epoch, "root_hash": run.root_hash, "floor": env.floor.read(), **seals},
-                )
-                env.store.bless(run.version, installed=None)
+                self._record_blessing()
+            elif verdict.kind == "nothing" and run.version in env.store.state.blessed and self._seals_are_due():
+                self._renew_seals_again()
             elif verdict.kind == "failed":
                 self._record_failure(verdict, entries)
             elif verdict.kind == "withdrawn":
@@ -159,15 +159,45 @@ class Work:
             mark_bad(own)
         return Verdict("trial", env.running.version, reason)
 
-    def _renew_seals(self) -> dict[str, Any]:
-        """What came of it, for the record: a seal that stays is no reason not to raise the floor."""
+    def _seals_are_due(self) -> bool:
+        """Whether seals of an epoch that was left may be there, and the running system is not of such a one itself:
+        an older system that somebody put back must not take the newer one's seals away.
+        """
+        return bool(self._env.store.state.seals_kept) and self._env.running.epoch >= self._env.floor.read()
+
+    def _renew_seals(self) -> tuple[list[str], str]:
+        """What was taken away, or why nothing was: a seal that stays is no reason not to raise the floor."""
         try:
-            return {"seals_removed": self._env.system.renew_seals()}
+            with _named_errors():
+                return self._env.system.renew_seals(), ""
         except UserError as error:
-            return {"seals_kept": error.message}
+            return [], error.message
+
+    def _renew_seals_again(self) -> None:
+        """Once more what failed when the running version was blessed; on record is only what is new."""
+        env = self._env
+        removed, kept = self._renew_seals()
+        if kept != env.store.state.seals_kept:
+            extra = {"epoch": env.running.epoch, "seals_removed": removed}
+            env.recorder.event("update.seals", env.running.version, failed=bool(kept), reason=kept, extra=extra)
+            env.store.change(seals_kept=kept)
 
     def _own_entry(self) -> BootEntry | None:
         return started_by(self._env.system.entries(), self._env.running.root_hash)
+
+    def _record_blessing(self) -> None:
+        env, run = self._env, self._env.running
+        extra: dict[str, Any] = {"epoch": run.epoch, "root_hash": run.root_hash}
+        if 0 < env.floor.read() < run.epoch:
+            # First remembered: once the floor has risen nothing else tells that old seals are left.
+            env.store.change(seals_kept="interrupted")
+        kept = env.store.state.seals_kept
+        if self._seals_are_due():
+            removed, kept = self._renew_seals()
+            extra |= {"seals_removed": removed, "seals_kept": kept}
+        env.floor.raise_to(run.epoch)
+        env.recorder.event("update.bless", run.version, extra={**extra, "floor": env.floor.read()})
+        env.store.bless(run.version, installed=None, seals_kept=kept)
 
     def _record_failure(self, verdict: Verdict, entries: list[BootEntry]) -> None:
         env = self._env
@@ -179,6 +209,16 @@ class Work:
         env.recorder.event("update.failed", verdict.version, failed=True, reason=verdict.reason, extra=extra)
         failed = Failed(verdict.version, verdict.reason, clock.rfc3339(env.now()))
         env.store.fail(failed, installed=None)
+
+    def _import_stick(self, job: Job, caller: Caller) -> None:
+        """Take the bundle on the stick that is plugged in, as one that was uploaded. Raises: UserError."""
+        env = self._env
+        with _named_errors():
+            found = stick.only(env.system.sticks())
+        with self._recorded("update.import", job, caller, {"device": found.name}) as extra:
+            extra["bytes"] = stick.take(found, env.bundle, job)
+            env.store.change(source="bundle", overridden=False)
+        job.expect(0)
 
     def _usual_source(self) -> SourceName:
         return "repository" if self._env.configuration() else "bundle"

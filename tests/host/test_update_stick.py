@@ -1,0 +1,122 @@
+"""A host without a way to its repository takes a release from a stick; what else a stick may be does no harm."""
+
+from __future__ import annotations
+
+import sys
+import tarfile
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness.api import ApiError
+from tests.harness.host import Host
+from tests.harness.image import Image
+from tests.harness.publishing import Publisher
+from tests.harness.updates import Updates, slot
+from tests.harness.waiting import poll
+from vmm.config import devices, gpt
+from vmm.process import run
+
+_SEEN = """
+import pathlib
+result = sorted(p.name for p in pathlib.Path("/sys/class/block").glob("sd*") if (p / "partition").exists())
+"""
+
+
+def plug(host: Host, stick: Path, partitions: int = 1) -> list[str]:
+    """Put a stick in and wait until the host knows so many partitions of it; their names there."""
+    host.plug_stick(stick)
+
+    def seen() -> list[str] | None:
+        names: list[str] = host.agent.python(_SEEN)
+        return names if len(names) >= partitions else None
+
+    return poll(seen, 60 * host.acceleration.scale, "the host sees the stick's partitions")
+
+
+def unplug(host: Host) -> None:
+    """Pull the stick out and wait until the host has noticed."""
+    host.unplug_stick()
+    poll(lambda: not host.agent.python(_SEEN), 60 * host.acceleration.scale, "the host sees that the stick is gone")
+
+
+@pytest.fixture
+def stick(offered: Publisher, workdir: Path) -> Path:
+    """A stick with the next release, made by our own command. The running one's files are left out, as nobody asks."""
+    bundle, image = workdir / "release.bundle", workdir / "stick.img"
+    with tarfile.open(bundle, "w") as archive:
+        for part in ("metadata", "targets/holdfast_0.1.1"):
+            archive.add(offered.folder / part, part)
+    run([sys.executable, "-m", "vmm.cli", "update", "stick", bundle, image])
+    bundle.unlink()
+    return image
+
+
+def imports(updates: Updates) -> list[Any]:
+    """What is on record of imports."""
+    return updates.records("update.import")
+
+
+@pytest.mark.sfr("FPT_TUD_EXT.1", "FAU_GEN.1")
+def test_a_release_is_taken_from_a_stick(updates: Updates, host: Host, stick: Path) -> None:
+    """Plugged into a running host, imported, pulled out again; then as any other release. No server is there."""
+    with pytest.raises(ApiError, match="no stick with a partition named HOLDFAST-UPDATE"):
+        updates.do("check", source="stick")
+    (name,) = plug(host, stick)
+    assert updates.do("check", source="stick")["available"] == "0.1.1"
+    unplug(host)
+    records = imports(updates)
+    assert [(r["phase"], r["outcome"]) for r in records] == [("intent", "pending"), ("outcome", "success")]
+    assert {(r["actor"]["id"], r["extra"]["device"]) for r in records} == {("admin", name)}
+    assert updates.do("download")["staged"] == "0.1.1"
+    updates.do("apply")
+    updates.reboot()
+    after = updates.settled()
+    assert (after["running"], slot(after, "b")["state"]) == ("0.1.1", "running")
+
+
+@pytest.mark.sfr("FPT_TUD_EXT.1", "FAU_GEN.1")
+def test_sticks_that_are_refused(updates: Updates, host: Host, stick: Path) -> None:
+    """Cut off, no tar, twice the name: each is named with its partition, and nothing is offered."""
+    with stick.open("rb") as disk:
+        partition = gpt.read(disk).find(devices.UPDATE_PARTITION)
+    assert partition is not None
+    short = stick.with_name("short.img")
+    cut_off = gpt.create(short, 8 << 20, partition.type, devices.UPDATE_PARTITION)
+    gpt.write_partition(short, cut_off, gpt.read_partition(stick, partition, cut_off.size))
+    (name,) = plug(host, short)
+    with pytest.raises(ApiError, match=f"the partition {name}: it is incomplete, or no tar"):
+        updates.do("check", source="stick")
+    unplug(host)
+
+    gpt.write_partition(short, cut_off, b"no tar" * 10_000)
+    (name,) = plug(host, short)
+    with pytest.raises(ApiError, match=f"the partition {name}: it is no tar"):
+        updates.do("check", source="stick")
+    unplug(host)
+    assert [r["outcome"] for r in imports(updates)] == ["pending", "failure"] * 2
+
+    gpt.append(short, 1 << 20, uuid.UUID(devices.UPDATE_PARTITION_TYPE), devices.UPDATE_PARTITION)
+    both = plug(host, short, partitions=2)
+    with pytest.raises(ApiError, match=f"several partitions are named HOLDFAST-UPDATE: {', '.join(both)}"):
+        updates.do("check", source="stick")
+    short.unlink()
+    status = updates.status()
+    assert not status["available"] and slot(status, "b")["state"] == "empty"
+
+
+def test_a_stick_with_the_running_image_is_not_taken_for_the_system_disk(
+    updates: Updates, host: Host, built_image: Image, workdir: Path
+) -> None:
+    """Its partitions have the UUIDs of the running system; whatever udev makes of that, the updater is not misled."""
+    image = workdir / "installer.img"
+    run(["cp", "--sparse=always", built_image.disk, image])
+    before = updates.status()["slots"]
+    plug(host, image)
+    host.agent.exec(["udevadm", "settle"], check=False)
+    assert updates.status()["slots"] == before
+    with pytest.raises(ApiError, match="no stick"):
+        updates.do("check", source="stick")
+    image.unlink()
