@@ -259,7 +259,7 @@ class Fetcher:
                 connection, _ = self._listening.accept()
             except OSError:
                 return
-            asyncio.run(fetch.serve(connection))
+            threading.Thread(target=lambda mine: asyncio.run(fetch.serve(mine)), args=(connection,), daemon=True).start()
 
     def close(self) -> None:
         self._listening.shutdown(socket.SHUT_RDWR)
