@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,12 +11,18 @@ from typing import Any
 import pytest
 
 from tests.guest.linux import GUEST_PROMPT, GUEST_READY
+from tests.harness import releases
 from tests.harness.api import Api
 from tests.harness.checkpoint import Checkpoint
 from tests.harness.host import Host
+from tests.harness.image import Image
+from tests.harness.publishing import Publisher
 from tests.harness.seed import Identity
 from tests.harness.stream import Console
+from tests.harness.updates import Updates
 
+RUNNING = Path("build/image/release")
+"""The release that hosts under test run."""
 GUEST_DISK = Path("build/test/guests/linux.raw")
 MEMORY = 256 << 20
 
@@ -85,3 +93,35 @@ def guests(host: Host, admin: Api) -> Guests:
 def booted_serial(booted: Checkpoint) -> str:
     """What the host wrote on its serial console until its checkpoint."""
     return (booted.files.directory / "serial.log").read_text(errors="replace")
+
+
+@pytest.fixture(scope="session")
+def next_release(built_image: Image) -> releases.Built:
+    """The same host software as the next version."""
+    return releases.build("next", "0.1.1")
+
+
+@pytest.fixture(scope="session")
+def offered(next_release: releases.Built) -> Publisher:
+    """A repository with the running release and the next one."""
+    made = Publisher(releases.FOLDER / "offered")
+    made.publish(RUNNING)
+    made.publish(next_release.folder)
+    return made
+
+
+@pytest.fixture
+def updates(host: Host, clients: dict[str, Identity]) -> Updates:
+    """An administrator who updates the host, which is done with judging its own start."""
+    made = Updates(host, clients["admin"])
+    made.settled()
+    return made
+
+
+@pytest.fixture
+def repositories(built_image: Image, workdir: Path) -> Iterator[Path]:
+    """A folder for repositories; "origin" in it is one without releases."""
+    folder = workdir / "repositories"
+    Publisher(folder / "origin")
+    yield folder
+    shutil.rmtree(folder)

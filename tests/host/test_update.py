@@ -24,27 +24,11 @@ from tests.harness.repository import RepositoryServer
 from tests.harness.seed import REPOSITORY, Identity
 from tests.harness.updates import Updates, slot
 from tests.harness.waiting import poll
-from tests.host.conftest import Guests
+from tests.host.conftest import RUNNING, Guests
 from vmm.process import run
 
-RUNNING = Path("build/image/release")
 PAYLOAD_SHARE = 0.15
 """A patch release costs at most this share of the whole payload on the wire."""
-
-
-@pytest.fixture(scope="session")
-def next_release(built_image: Image) -> releases.Built:
-    """The same host software as the next version."""
-    return releases.build("next", "0.1.1")
-
-
-@pytest.fixture(scope="session")
-def offered(next_release: releases.Built) -> Publisher:
-    """A repository with the running release and the next one."""
-    made = Publisher(releases.FOLDER / "offered")
-    made.publish(RUNNING)
-    made.publish(next_release.folder)
-    return made
 
 
 @pytest.fixture
@@ -52,14 +36,6 @@ def server(host: Host, offered: Publisher) -> Iterator[RepositoryServer]:
     """The web server that the host's configuration names, offering the next release."""
     with RepositoryServer(offered.folder, host.repository_socket, REPOSITORY) as running:
         yield running
-
-
-@pytest.fixture
-def updates(host: Host, clients: dict[str, Identity]) -> Updates:
-    """An administrator who updates the host, which is done with judging its own start."""
-    made = Updates(host, clients["admin"])
-    made.settled()
-    return made
 
 
 @pytest.mark.sfr("FPT_TUD_EXT.1", "FPT_TUD_EXT.2", "FMT_MOF_EXT.1", "FAU_GEN.1")

@@ -23,6 +23,7 @@ from tests.harness.repository import URL, RepositoryServer, server_certificate
 from tests.harness.waiting import poll
 from tests.unit.test_update_fetch import Fetcher
 from tests.unit.test_update_machine import check, download, make_world
+from tests.unit.test_update_rig import plain
 from vmm.config.types import Update
 from vmm.errors import Unavailable
 from vmm.update import staging, work
@@ -140,6 +141,24 @@ def test_a_proxy_that_refuses(site: Site) -> None:
         site.proxy.open = False
         with pytest.raises(Unavailable, match="cannot be read: 403"):
             check(site.world)
+
+
+def test_a_root_that_its_release_does_not_fit(site: Site) -> None:
+    """Signed all the same, so it is downloaded, by a delta; only the read-back can tell."""
+    base, altered = site.folder / "base", site.folder / "altered"
+    base.write_bytes(plain("0.1.0").root)
+    altered.write_bytes(plain("0.1.0").root[:-1] + b"x")
+    _, good = honest(site.folder / "origin", site.folder, site.keys)
+    forged = Forgery(good.folder, site.folder / "forged", site.keys)
+    forged.other_root(OFFERED, altered, base, "0.1.0")
+    forged.publish()
+    with site.serving(forged.folder):
+        check(site.world)
+        download(site.world)
+    release = site.world.env.staging.staged()
+    assert release is not None
+    assert site.world.env.staging.path(release, "root").read_bytes() == altered.read_bytes()
+    assert {part["part"]: part["base"] for part in site.world.records[-1].extra["parts"]}["root"] == "0.1.0"
 
 
 def test_sizes_that_do_not_fit(site: Site) -> None:

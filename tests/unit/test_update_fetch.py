@@ -259,7 +259,10 @@ class Fetcher:
                 connection, _ = self._listening.accept()
             except OSError:
                 return
-            threading.Thread(target=lambda mine: asyncio.run(fetch.serve(mine)), args=(connection,), daemon=True).start()
+            threading.Thread(target=self._fetch, args=(connection,), daemon=True).start()
+
+    def _fetch(self, connection: socket.socket) -> None:
+        asyncio.run(fetch.serve(connection))
 
     def close(self) -> None:
         self._listening.shutdown(socket.SHUT_RDWR)
