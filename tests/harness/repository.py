@@ -22,6 +22,8 @@ from cryptography.x509.oid import NameOID
 ADDRESS, PORT = "10.0.2.100", 443
 URL = f"https://{ADDRESS}/"
 _CHUNK = 1 << 18
+_LOOK_S = 0.05
+"""How often it looks whether it shall end."""
 
 
 def server_certificate(folder: Path) -> tuple[Path, Path]:
@@ -68,6 +70,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if ".." in path.parts or not path.is_file():
             self.send_error(404)
             return
+        if self.server.endless and path.name.endswith(self.server.endless):
+            self._never_end()
+            return
         size = path.stat().st_size
         wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         start = int(wanted[1]) if wanted else 0
@@ -79,15 +84,26 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         with path.open("rb") as file:
             file.seek(start)
             while data := file.read(_CHUNK):
-                if self.server.break_after is not None:
-                    data = data[: self.server.break_after]
-                    self.server.break_after -= len(data)
+                data = self.server.allowed(data)
                 self.wfile.write(data)
                 self.server.sent += len(data)
                 if self.server.break_after == 0:
                     self.close_connection = True
                     self.connection.close()
                     return
+                if self.server.stall_after == 0:
+                    self.server.stalled.set()
+                    self.server.closed.wait()
+                    return
+
+    def _never_end(self) -> None:
+        """Data without an announced length, until the other end has enough of it."""
+        self.close_connection = True
+        self.send_response(200)
+        self.end_headers()
+        while not self.server.closed.is_set():
+            self.wfile.write(bytes(_CHUNK))
+            self.server.sent += _CHUNK
 
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing."""
@@ -100,7 +116,8 @@ class RepositoryServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServe
     """Serves a folder on a Unix socket, to which QEMU leads the host (machine.py); a context manager.
 
     ``asked`` are the paths that were asked for, ``sent`` the bytes of content; ``break_after`` that many more bytes
-    connections break, until it is None again.
+    connections break, until it is None again; ``stall_after`` that many more bytes nothing more comes, and ``stalled``
+    tells that it has happened. A file whose name ends with ``endless`` never ends.
     """
 
     daemon_threads = True
@@ -110,11 +127,25 @@ class RepositoryServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServe
         self.asked: list[str] = []
         self.sent = 0
         self.break_after: int | None = None
+        self.stall_after: int | None = None
+        self.stalled = threading.Event()
+        self.endless = ""
+        self.closed = threading.Event()
         key, certificate = server_certificate(credentials)
         self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._tls.load_cert_chain(certificate, key)
         socket_path.unlink(missing_ok=True)
         super().__init__(str(socket_path), _Handler)
+
+    def allowed(self, data: bytes) -> bytes:
+        """So much of ``data`` as may still be sent; counts it."""
+        if self.break_after is not None:
+            data = data[: self.break_after]
+            self.break_after -= len(data)
+        if self.stall_after is not None:
+            data = data[: self.stall_after]
+            self.stall_after -= len(data)
+        return data
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept without a handshake: a silent client must hold up nobody else."""
@@ -125,9 +156,10 @@ class RepositoryServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServe
         """A host that goes away, or is killed, is no error here."""
 
     def __enter__(self) -> Self:
-        threading.Thread(target=self.serve_forever, name="repository", daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(_LOOK_S,), name="repository", daemon=True).start()
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.closed.set()
         self.shutdown()
         self.server_close()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from tests.harness.api import Api, ApiError
 from tests.harness.host import Host
 from tests.harness.seed import Identity
 from tests.harness.waiting import poll
+
+UNIT = "holdfast-host"
+"""What audit records call the producers that run as root, the updater among them."""
 
 
 class Updates:
@@ -57,15 +61,33 @@ class Updates:
         self.do("apply")
         self.reboot()
 
+    def refused(self, job: str, says: str, **arguments: Any) -> None:
+        """Start a job that must not succeed, with an error that has ``says`` (a regular expression) in it."""
+        try:
+            self.do(job, **arguments)
+        except ApiError as error:
+            assert re.search(says, str(error)), f"{job} was to be refused with {says!r}: {error}"
+        else:
+            raise AssertionError(f"{job} was to be refused with {says!r}, and was not")
+
+    def refusals(self) -> list[tuple[str, str, str]]:
+        """What the updater itself put on record of its jobs that failed, oldest first: type, layer, reason."""
+        found = [r for r in self.records("update.") if r["producer"]["unit"] == UNIT and r["phase"] == "outcome"]
+        return [(r["type"], r["extra"].get("layer", ""), r["reason"]) for r in found if r["outcome"] == "failure"]
+
     def records(self, kind: str) -> list[Any]:
-        """The audit trail's records of one type."""
+        """The audit trail's records of one type, or of all types that begin so if it ends in a dot."""
         found: list[Any] = []
         after: int | None = 0
         while after is not None:
             page = self.api.call("GET", f"/v1/audit?after={after}&limit=1000", seconds=60)
-            found += [record for record in page["records"] if record["type"] == kind]
+            found += [record for record in page["records"] if _is(record["type"], kind)]
             after = page["next"]
         return found
+
+
+def _is(type: str, kind: str) -> bool:
+    return type.startswith(kind) if kind.endswith(".") else type == kind
 
 
 def slot(status: Any, name: str) -> Any:

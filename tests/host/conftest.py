@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,10 @@ from tests.harness.seed import Identity
 from tests.harness.stream import Console
 from tests.harness.updates import Updates
 
+RUNNING = Path("build/image/release")
+"""The release that hosts under test run."""
 GUEST_DISK = Path("build/test/guests/linux.raw")
 MEMORY = 256 << 20
-RUNNING = Path("build/image/release")
 
 
 @dataclass
@@ -113,3 +116,12 @@ def updates(host: Host, clients: dict[str, Identity]) -> Updates:
     made = Updates(host, clients["admin"])
     made.settled()
     return made
+
+
+@pytest.fixture
+def repositories(built_image: Image, workdir: Path) -> Iterator[Path]:
+    """A folder for repositories; "origin" in it is one without releases."""
+    folder = workdir / "repositories"
+    Publisher(folder / "origin")
+    yield folder
+    shutil.rmtree(folder)

@@ -114,6 +114,18 @@ def test_failed_versions_are_left_out_until_asked_for() -> None:
     assert offered.named("1.2.0", host, retry=True).version == "1.2.0"
 
 
+def test_a_spoilt_release_json_does_not_lead_to_an_older_release() -> None:
+    offered = Offered().add("1.1.0").add("1.2.0")
+
+    def load(target: Target) -> bytes:
+        if target.path.startswith("holdfast_1.2.0/"):
+            raise Refused("TUF target", "it is not the file that was signed")
+        return offered.load(target)
+
+    with pytest.raises(Refused, match="^TUF target: "):
+        choice.choose(offered.targets, load, HOST, NOW)
+
+
 def test_a_release_that_is_too_far_ahead_is_reached_by_way_of_another() -> None:
     offered = Offered().add("1.1.0").add("2.0.0", minimum_source="1.1.0")
     found = offered.choose()

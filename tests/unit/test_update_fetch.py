@@ -259,7 +259,10 @@ class Fetcher:
                 connection, _ = self._listening.accept()
             except OSError:
                 return
-            asyncio.run(fetch.serve(connection))
+            threading.Thread(target=self._fetch, args=(connection,), daemon=True).start()
+
+    def _fetch(self, connection: socket.socket) -> None:
+        asyncio.run(fetch.serve(connection))
 
     def close(self) -> None:
         self._listening.shutdown(socket.SHUT_RDWR)

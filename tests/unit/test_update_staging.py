@@ -204,9 +204,9 @@ def test_a_frame_that_asks_for_too_much_memory(tmp_path: Path) -> None:
         unpack(path, tmp_path / "out", 1000, tick=lambda count: None)
 
 
-def interrupt_at(setting: Setting, offset: int) -> None:
+def interrupt_at(setting: Setting, offset: int, *names: str) -> None:
     def hook(path: str, at: int) -> None:
-        if path.endswith("root.zst") and at >= offset:
+        if path.endswith(names or ("root.zst",)) and at >= offset:
             raise Unavailable("the line is dead")
 
     setting.source.hook = hook
@@ -223,6 +223,20 @@ def test_an_interrupted_download_goes_on_where_it_was(setting: Setting) -> None:
     setting.bring()
     setting.check()
     assert [offset for path, offset in setting.source.asked if path.endswith("root.zst")] == [100_000]
+
+
+def test_an_interrupted_difference_goes_on_where_it_was(setting: Setting) -> None:
+    """The server goes away for differences and whole parts alike; what has come of the difference is kept."""
+    difference = target(setting, "root.from-1.0.0.zst")
+    half = difference.stat().st_size // 2
+    setting.source.chunk = half
+    interrupt_at(setting, half, "root.zst", "root.from-1.0.0.zst")
+    with pytest.raises(Unavailable, match="the line is dead"):
+        setting.bring()
+    setting.source.hook = lambda path, offset: None
+    assert bases(setting.bring())["root"] == "1.0.0"
+    setting.check()
+    assert [offset for path, offset in setting.source.asked if path.endswith(difference.name)] == [half]
 
 
 def test_short_breaks_are_waited_out(setting: Setting) -> None:

@@ -134,6 +134,16 @@ def test_the_epoch_floor_outlives_the_metadata(world: World, tmp_path: Path) -> 
     assert world.records[-1].extra["layer"] == "epoch floor" and world.records[-1].outcome == "failure"
 
 
+def test_a_spoilt_release_json_is_refused_on_record(world: World) -> None:
+    world.offer()
+    (spoilt,) = (world.env.bundle / "targets/holdfast_1.1.0").glob("*.release.json")
+    flip(spoilt)
+    for attempt in (check, download):
+        with pytest.raises(Refused, match="TUF target: holdfast_1.1.0/release.json is not the file that was signed"):
+            attempt(world)
+        assert (world.records[-1].outcome, world.records[-1].extra["layer"]) == ("failure", "TUF target")
+
+
 def test_an_epoch_is_never_given_up(world: World) -> None:
     world.restarted(epoch=2)
     with pytest.raises(Refused, match="epoch: 1.1.0 has epoch 1, below the running system's 2"):

@@ -70,7 +70,8 @@ def candidates(targets: Targets) -> list[Candidate]:
 def choose(targets: Targets, load: Callable[[Target], bytes], host: Host, now: datetime) -> Choice:
     """The newest release that this host may take by itself.
 
-    Arguments: ``load`` reads a release.json, verified. Raises: what ``load`` raises.
+    Arguments: ``load`` reads a release.json, verified. Raises: what ``load`` raises: a file that is not the one signed
+    is no reason to make do with an older release, which is what somebody may want who spoilt it.
     """
     passed: list[tuple[str, Refused]] = []
     for candidate in candidates(targets):
@@ -78,8 +79,9 @@ def choose(targets: Targets, load: Callable[[Target], bytes], host: Host, now: d
             break
         refused = _offered(candidate, host, now)
         if refused is None:
+            content = load(candidate.target)
             try:
-                release = read_release(load(candidate.target), candidate.version)
+                release = read_release(content, candidate.version)
                 check_release(release, host)
             except Refused as error:
                 refused = error

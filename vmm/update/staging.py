@@ -156,11 +156,13 @@ class Staging:
                 self._make(order, base, target, origin, job)
             except (Cancelled, NoRoom):
                 raise
-            except (UserError, OSError, MemoryError):
+            except (UserError, OSError, MemoryError) as error:
                 # Whatever is wrong with a difference, the whole part is still to be had.
                 if target is ways[-1][1]:
                     raise
-                (self.folder / _partial(target)).unlink(missing_ok=True)
+                # When only the server is away, the next run goes on with what has come.
+                if not isinstance(error, Unavailable):
+                    (self.folder / _partial(target)).unlink(missing_ok=True)
                 files.need(_WHERE, ways[-1][1].length + order.part.size, files.free(self.folder))
             else:
                 return Brought(order.name, order.part.sha384, target.length, base)
