@@ -34,8 +34,8 @@ class Guests:
     host: Host
     api: Api
 
-    def create(self, name: str, *, networks: list[str] | None = None) -> Any:
-        """A stopped machine on a volume of its own; returns the API's view of it."""
+    def create(self, name: str, *, networks: list[str] | None = None, **more: Any) -> Any:
+        """A stopped machine on a volume of its own, with ``more`` in its specification; the API's view of it."""
         self.api.call("PUT", f"/v1/volumes/{name}-disk/content?format=raw", GUEST_DISK.read_bytes(), seconds=60)
         spec = {
             "name": name,
@@ -43,12 +43,13 @@ class Guests:
             "memory": MEMORY,
             "disks": [{"volume": f"{name}-disk"}],
             "networks": [{"network": network} for network in networks or []],
+            **more,
         }
         return self.api.call("POST", "/v1/machines", spec)
 
-    def run(self, name: str, *, networks: list[str] | None = None) -> Any:
+    def run(self, name: str, *, networks: list[str] | None = None, **more: Any) -> Any:
         """A machine whose guest has booted."""
-        self.create(name, networks=networks)
+        self.create(name, networks=networks, **more)
         view = self.api.call("POST", f"/v1/machines/{name}/start", seconds=60)
         console = self.api.console(name)
         console.expect(GUEST_READY, 60)

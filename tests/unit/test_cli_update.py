@@ -290,3 +290,20 @@ def test_a_machine_is_given_its_time_to_shut_down(api: FakeApi, capsys: Capture)
     holdfast("vm", "create", "web", "--stop-timeout", "300")
     assert json.loads(api.seen[0].body)["stop_timeout"] == 300
     assert "300 s to shut down" in capsys.readouterr().out
+
+
+def test_a_machine_that_is_saved_when_the_host_stops(api: FakeApi, capsys: Capture) -> None:
+    lost = {"state": "lost", "since": "2026-11-23T04:05:06Z", "size": 0, "reason": "its disks were changed since"}
+    api.answers["/v1/machines"] = (201, MACHINE | {"host_stop": "save", "saved": None})
+    holdfast("vm", "create", "web", "--host-stop", "save")
+    assert json.loads(api.seen[0].body)["host_stop"] == "save"
+    out = capsys.readouterr().out
+    assert "Host stops:  saved within 120 s, or shut down; resumed after" in out and "Saved state: none" in out
+    api.answers["/v1/machines/web"] = (200, MACHINE | {"host_stop": "save", "saved": lost})
+    holdfast("vm", "show", "web")
+    out = capsys.readouterr().out
+    assert "Saved state: lost, of 2026-11-23T04:05:06Z: its disks were changed since" in out
+    kept = lost | {"state": "saved", "size": 300 << 20, "reason": ""}
+    api.answers["/v1/machines/web"] = (200, MACHINE | {"state": "saved", "host_stop": "save", "saved": kept})
+    holdfast("vm", "show", "web")
+    assert "Saved state: saved, 300 MiB, of 2026-11-23T04:05:06Z\n" in capsys.readouterr().out

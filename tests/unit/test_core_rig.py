@@ -36,6 +36,7 @@ from vmm.machines.host import Host
 from vmm.machines.nvram import Nvram
 from vmm.machines.probe import Probe
 from vmm.machines.service import Machines
+from vmm.machines.states import States
 from vmm.update.types import Status
 from vmm.volumes.service import Volumes
 from vmm.volumes.types import MIB
@@ -77,6 +78,8 @@ class FakeHypervisor:
         self.polite = True
         self.output: list[bytes] = []
         self.delay = 0.0
+        self.restored: list[str] = []
+        self.mishaps: dict[str, BaseException] = {}
         self.most_at_once = self._at_once = 0
         self._listeners: list[Listener] = []
 
@@ -107,6 +110,8 @@ class FakeHypervisor:
         )
 
     async def resume(self, uuid: UUID) -> None:
+        self._get(uuid)
+        await self._mishap("resume")
         self.domains[uuid] = replace(self._get(uuid), state=State.RUNNING)
         for data in self.output:
             self.consoles[-1].say(data)
@@ -119,6 +124,39 @@ class FakeHypervisor:
     async def destroy(self, uuid: UUID) -> None:
         self._get(uuid)
         self.ends(uuid)
+
+    async def save(self, uuid: UUID, path: Path, limit: float) -> None:
+        """What is written is the domain, which is what restore() looks for; ``mishaps`` come in between."""
+        domain = self._get(uuid)
+        assert path.read_bytes() == b"" and domain.state is State.RUNNING
+        self.domains[uuid] = replace(domain, state=State.PAUSED)
+        path.chmod(0o600)
+        path.write_text(f"{uuid} {domain.name} {domain.spec_sha256} {domain.uid}")
+        try:
+            async with asyncio.timeout(limit):
+                await asyncio.sleep(self.delay)
+            await self._mishap("save")
+        except TimeoutError:
+            self.domains[uuid] = domain
+            raise Unavailable("it was not saved in time") from None
+        except UserError:
+            self.domains[uuid] = domain
+            raise
+        self.ends(uuid)
+
+    async def restore(self, uuid: UUID, path: Path, limit: float) -> None:
+        self._check()
+        await self._mishap("restore")
+        id, name, spec_sha256, uid = path.read_text().split()
+        if id != str(uuid):
+            raise Conflict("it is the state of another machine")
+        self.domains[uuid] = Domain(uuid, name, State.PAUSED, spec_sha256, int(uid))
+        self.restored.append(name)
+        await self._mishap("restored")
+
+    async def _mishap(self, step: str) -> None:
+        if (mishap := self.mishaps.pop(step, None)) is not None:
+            raise mishap
 
     async def state(self, uuid: UUID) -> State:
         self._check()
@@ -232,6 +270,9 @@ class Rig:
     """Machines and volumes over a pretended hypervisor."""
 
     def __init__(self, directory: Path, *, memory: int = 4096 * MIB) -> None:
+        self.directory = directory
+        self.recorded: list[tuple[str, str, str]] = []
+        """(type, machine, reason) of every record of a saved state."""
         self.database = Database(directory / "core.db")
         self.hypervisor = FakeHypervisor()
         self.host = make_host(directory / "root", memory=memory)
@@ -243,7 +284,21 @@ class Rig:
 
     def new_machines(self) -> Machines:
         """The service as it is after a restart."""
-        return Machines(self.database, self.hypervisor, self.host, self.nvram, self.volumes.path, lambda: self.networks)
+        states = States(
+            self.database, self.hypervisor, self.directory / "saved", self.volumes.path, self.nvram, self.record
+        )
+        return Machines(
+            self.database,
+            self.hypervisor,
+            self.host,
+            self.nvram,
+            self.volumes.path,
+            lambda: self.networks,
+            states,
+        )
+
+    async def record(self, type: str, id: str, name: str, reason: str) -> None:
+        self.recorded.append((type, name, reason))
 
     async def recover(self) -> None:
         await self.volumes.recover()

@@ -29,6 +29,7 @@ USES_LIBVIRT = {
     "vmm/hypervisor/console.py": "streams",
     "vmm/hypervisor/driver.py": "everything else",
     "tests/bench/inside.py": "the create that core's is compared with",
+    "tests/unit/test_hypervisor_driver.py": "its flags and errors, on a pretended connection",
 }
 _MODULES = {"subprocess", "multiprocessing"}
 _CALLS = {

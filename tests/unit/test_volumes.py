@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from vmm.core.db import Database
+from vmm.core.db import VERSION, Database
 from vmm.errors import Conflict, NotFound, Unavailable, UserError
 from vmm.process import run
 from vmm.volumes import store
@@ -313,5 +313,5 @@ def test_the_database_keeps_its_rules(database: Database) -> None:
 def test_a_newer_database_is_not_touched(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "core.db") as connection:
         connection.execute("PRAGMA user_version = 99")
-    with pytest.raises(UserError, match="version 99, this release knows 2"):
+    with pytest.raises(UserError, match=f"version 99, this release knows {VERSION}"):
         Database(tmp_path / "core.db")

@@ -23,6 +23,13 @@ class _Interface(msgspec.Struct, frozen=True):
     network: str
 
 
+class _Saved(msgspec.Struct, frozen=True):
+    state: str
+    since: str = ""
+    size: int = 0
+    reason: str = ""
+
+
 class Machine(msgspec.Struct, frozen=True):
     """What the tables show of a machine; newer hosts may send more."""
 
@@ -36,6 +43,8 @@ class Machine(msgspec.Struct, frozen=True):
     description: str = ""
     created: str = ""
     stop_timeout: int = _HOST_STOP_TIMEOUT_S
+    host_stop: str = "shut-down"
+    saved: _Saved | None = None
 
 
 def register(commands: Commands) -> None:
@@ -53,17 +62,25 @@ def register(commands: Commands) -> None:
     )
     parser.add_argument("--description", default="", metavar="TEXT")
     parser.add_argument(
+        "--host-stop",
+        choices=("shut-down", "save"),
+        help="when the host stops: press its power button, or save its memory and resume it after (default: shut-down)",
+    )
+    parser.add_argument(
         "--stop-timeout",
         type=int,
         metavar="SECONDS",
-        help=f"to shut down when the host stops, before it is switched off (default: {_HOST_STOP_TIMEOUT_S})",
+        help="when the host stops: time to be saved, before it is shut down; and to shut down, before it is switched "
+        f"off (default: {_HOST_STOP_TIMEOUT_S})",
     )
     add(verbs, "list", "list the virtual machines", remotely(_list))
     add(verbs, "show", "show a virtual machine", remotely(_show)).add_argument("name")
     add(verbs, "start", "start a virtual machine", remotely(_start)).add_argument("name")
     parser = add(verbs, "stop", "ask a virtual machine to shut down, and wait for it", remotely(_stop))
     parser.add_argument("name")
-    parser.add_argument("--force", action="store_true", help="switch it off at once, as by pulling the plug")
+    parser.add_argument(
+        "--force", action="store_true", help="switch it off at once, as by pulling the plug; a saved state is discarded"
+    )
     parser.add_argument(
         "--timeout",
         type=int,
@@ -92,6 +109,8 @@ async def _create(api: Api, args: argparse.Namespace) -> None:
         "networks": [{"network": network} for network in args.network],
         "description": args.description,
     }
+    if args.host_stop is not None:
+        spec["host_stop"] = args.host_stop
     if args.stop_timeout is not None:
         spec["stop_timeout"] = args.stop_timeout
     _print(await api.request("POST", "/v1/machines", body=spec), args)
@@ -142,6 +161,19 @@ def _path(args: argparse.Namespace) -> str:
     return f"/v1/machines/{segment(args.name)}"
 
 
+def _host_stop(machine: Machine) -> str:
+    if machine.host_stop == "save":
+        return f"saved within {machine.stop_timeout} s, or shut down; resumed after"
+    return f"{machine.stop_timeout} s to shut down, started again after"
+
+
+def _saved(saved: _Saved | None) -> str:
+    if saved is None:
+        return "none"
+    size = f", {human_size(saved.size)}" if saved.size else ""
+    return f"{saved.state}{size}, of {saved.since}" + (f": {saved.reason}" if saved.reason else "")
+
+
 def _print(raw: bytes, args: argparse.Namespace) -> None:
     if args.json:
         print_json(raw)
@@ -156,7 +188,8 @@ def _print(raw: bytes, args: argparse.Namespace) -> None:
             ("Memory", human_size(machine.memory)),
             ("Disks", ", ".join(disk.volume for disk in machine.disks) or "none"),
             ("Networks", ", ".join(interface.network for interface in machine.networks) or "none"),
-            ("Host stops", f"{machine.stop_timeout} s to shut down, started again after"),
+            ("Host stops", _host_stop(machine)),
+            ("Saved state", _saved(machine.saved)),
             ("Created", machine.created or "-"),
             ("Description", machine.description or "-"),
         ]

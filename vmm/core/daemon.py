@@ -18,7 +18,7 @@ from vmm.core.autoupdate import AutoUpdate
 from vmm.core.configuration import AppliedConfiguration
 from vmm.core.db import Database
 from vmm.core.dispatch import Audit, Dispatcher
-from vmm.core.guests import Guests
+from vmm.core.guests import Guests, recorder
 from vmm.core.health import Health, Platform, Verdict, judge
 from vmm.core.host_methods import HostHandlers
 from vmm.core.methods import Handlers
@@ -32,6 +32,7 @@ from vmm.machines.host import Host
 from vmm.machines.nvram import Nvram
 from vmm.machines.probe import Probe
 from vmm.machines.service import Machines
+from vmm.machines.states import States
 from vmm.notify import notify
 from vmm.paths import CORE_SOCKET, CORE_STATE
 from vmm.volumes import files
@@ -118,7 +119,8 @@ async def serve() -> None:
     audit = AuditClient()
     volumes = Volumes(database, CORE_STATE, ConfinedImporter())
     host, nvram = Host(), Nvram(CORE_STATE / "nvram")
-    machines = Machines(database, hypervisor, host, nvram, volumes.path, configuration.networks)
+    states = States(database, hypervisor, CORE_STATE / "saved", volumes.path, nvram, recorder(audit))
+    machines = Machines(database, hypervisor, host, nvram, volumes.path, configuration.networks, states)
     await volumes.recover()
     await machines.recover()
     try:

@@ -13,7 +13,7 @@ from vmm.errors import UserError
 
 T = TypeVar("T")
 
-VERSION = 2
+VERSION = 3
 
 
 class Database:

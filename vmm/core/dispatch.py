@@ -22,7 +22,8 @@ from vmm.core.configuration import AppliedConfiguration
 from vmm.core.permissions import SYSTEM, Permissions
 from vmm.errors import Forbidden, NotFound, Unavailable, UserError
 
-_MOST_REASON = 1000
+MOST_REASON = 1000
+"""Characters of a reason that go on record."""
 _UNKNOWN_METHOD = "core.unknown-method"
 _FOREIGN_PEER = "core.foreign-peer"
 _ROOT = 0
@@ -272,7 +273,7 @@ class Dispatcher:
                 type=case.type,
                 phase="outcome",
                 outcome="failure" if reason else "success",
-                reason=reason[:_MOST_REASON],
+                reason=reason[:MOST_REASON],
                 actor=case.actor,
                 object=case.object,
                 request=case.request,

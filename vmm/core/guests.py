@@ -1,4 +1,4 @@
-"""Guests over a stop of the host: shut down before it, started again after it."""
+"""Guests over a stop of the host: saved or shut down before it, started again after it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from contextlib import suppress
 from typing import Any
 
 from vmm.audit.client import AuditClient, Entry, Object
-from vmm.core.dispatch import HOST
+from vmm.core.dispatch import HOST, MOST_REASON
 from vmm.errors import NotFound, Unavailable, UserError
 from vmm.hypervisor.types import Hypervisor
 from vmm.machines.service import Machines
+from vmm.machines.states import Record
 from vmm.machines.store import MOST_TRIES
 from vmm.machines.types import Stopped
 
@@ -44,6 +45,9 @@ class Guests:
         self._look = look
         self._perform: Perform | None = None
         self._resuming: asyncio.Task[None] | None = None
+        # Who asks a second time, as the host's own stop does behind a restart, must not take guests for stuck that are
+        # being saved.
+        self._stopping = asyncio.Lock()
 
     def begin(self, perform: Perform) -> None:
         """Start, in the background, what ran when the host stopped."""
@@ -53,20 +57,27 @@ class Guests:
     async def stop(self) -> list[Stopped]:
         """Stop all guests because the host stops. Nothing starts from here on, unless stay() is called."""
         await self.close()
-        stopped = await self._machines.stop_all()
-        for one in stopped:
-            entry = Entry(
-                type="machine.stop",
-                actor=HOST,
-                object=Object(kind="machine", id=one.uuid, name=one.name),
-                outcome="failure" if one.how == "failed" else "success",
-                reason=f"the host stops: {one.reason or one.how}",
-            )
-            try:
-                await self._audit.append(entry)
-            except Unavailable as error:
-                _say(f"{one.name}: {entry.reason}; not recorded: {error.message}")
+        async with self._stopping:
+            stopped = await self._machines.stop_all()
+            for one in stopped:
+                await self._record_stop(one)
         return stopped
+
+    async def _record_stop(self, one: Stopped) -> None:
+        if one.how == "saved":
+            return  # recorded when it was done
+        why = one.reason if one.how == "failed" else "; ".join(filter(None, (one.how, one.reason)))
+        entry = Entry(
+            type="machine.stop",
+            actor=HOST,
+            object=Object(kind="machine", id=one.uuid, name=one.name),
+            outcome="failure" if one.how == "failed" else "success",
+            reason=f"the host stops: {why}",
+        )
+        try:
+            await self._audit.append(entry)
+        except Unavailable as error:
+            _say(f"{one.name}: {entry.reason}; not recorded: {error.message}")
 
     async def stay(self) -> None:
         """The host does not stop after all: start again what was stopped."""
@@ -117,6 +128,22 @@ class Guests:
         if tries >= MOST_TRIES:
             with suppress(NotFound):
                 await self._machines.give_up(name)
+
+
+def recorder(audit: AuditClient) -> Record:
+    """What saved states are recorded with, in the host's name."""
+
+    async def record(type: str, id: str, name: str, reason: str) -> None:
+        entry = Entry(
+            type=type,
+            actor=HOST,
+            object=Object(kind="machine", id=id, name=name),
+            outcome="failure" if reason else "success",
+            reason=reason[:MOST_REASON],
+        )
+        await audit.append(entry)
+
+    return record
 
 
 def _say(text: str) -> None:

@@ -20,7 +20,8 @@ from vmm.machines.types import MAX_STOP_TIMEOUT
 from vmm.paths import CORE_SOCKET
 
 # Together less than TimeoutStopSec= of holdfast-guests.service.
-CORE_DEADLINE_S = MAX_STOP_TIMEOUT + 60.0
+# What could not be saved in its time has the same time again to shut down.
+CORE_DEADLINE_S = 2 * MAX_STOP_TIMEOUT + 60.0
 CONNECT_DEADLINE_S = 20.0
 GUESTS_DEADLINE_S = 120.0
 _LOOK_S = 0.5

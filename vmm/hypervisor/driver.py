@@ -14,6 +14,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 from uuid import UUID
 from xml.etree import ElementTree
@@ -127,6 +128,49 @@ class LibvirtHypervisor:
     async def destroy(self, uuid: UUID) -> None:
         """End a domain at once; returns when its QEMU is gone. Raises: NotFound when it does not run."""
         await self._on_domain(uuid, lambda domain: domain.destroy())
+
+    async def save(self, uuid: UUID, path: Path, limit: float) -> None:
+        """Write a domain's memory and devices to ``path``, an empty file, and end it.
+
+        When it fails or takes more than ``limit`` seconds, the domain runs on. Raises: NotFound. A save takes a thread
+        of ours and a call of libvirtd's until it ends, so not more than two should run at a time.
+        """
+
+        def save(connection: Any) -> None:
+            # RUNNING: the file says that it ran, whatever becomes of that when it is restored.
+            connection.lookupByUUID(uuid.bytes).saveFlags(str(path), None, libvirt.VIR_DOMAIN_SAVE_RUNNING)
+
+        saving = self._loop.create_task(self._call(save, deadline=limit + _DEADLINE_S))
+        await asyncio.wait({saving}, timeout=limit)
+        late = not saving.done()
+        if late:
+            with suppress(UserError):  # it ended just now, one way or the other
+                await self._on_domain(uuid, lambda domain: domain.abortJob())
+        try:
+            await saving
+        except Unavailable:
+            if late:
+                raise Unavailable("it was not saved in time") from None
+            raise
+
+    async def restore(self, uuid: UUID, path: Path, limit: float) -> None:
+        """Start a domain from what save() wrote; it waits for resume(). ``limit`` is in seconds.
+
+        Raises: Conflict when nothing can be made of the file; Unavailable when that is not known.
+        """
+
+        def restore(connection: Any) -> None:
+            try:
+                xml = ElementTree.fromstring(connection.saveImageGetXMLDesc(str(path)))  # noqa: S314
+                if xml.findtext("uuid") != str(uuid):
+                    raise Conflict("it is the state of another machine")
+                connection.restoreFlags(str(path), None, libvirt.VIR_DOMAIN_SAVE_PAUSED)
+            except libvirt.libvirtError as error:
+                if _is_broken(error):
+                    raise
+                raise Conflict(f"libvirt cannot restore it: {error.get_error_message()}") from error
+
+        await self._call(restore, deadline=limit)
 
     async def state(self, uuid: UUID) -> State:
         """What a domain does now; STOPPED when libvirt does not know it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 from uuid import UUID
 
@@ -71,6 +72,18 @@ class Hypervisor(Protocol):
 
     async def destroy(self, uuid: UUID) -> None:
         """End a domain at once and return when its QEMU is gone. Raises: NotFound."""
+
+    async def save(self, uuid: UUID, path: Path, limit: float) -> None:
+        """Write a domain's memory and devices to ``path``, an empty file, and end it.
+
+        When it fails or takes more than ``limit`` seconds, the domain runs on. Raises: NotFound.
+        """
+
+    async def restore(self, uuid: UUID, path: Path, limit: float) -> None:
+        """Start a domain from what save() wrote; it waits for resume(). ``limit`` is in seconds.
+
+        Raises: Conflict when nothing can be made of the file; Unavailable when that is not known.
+        """
 
     async def state(self, uuid: UUID) -> State:
         """What a domain does now."""

@@ -15,9 +15,12 @@ from vmm.errors import Conflict, NotFound, Unavailable, UserError
 from vmm.hypervisor import domain
 from vmm.hypervisor.types import Console, Domain, Hypervisor, State
 from vmm.machines import store
+from vmm.machines.ends import Ends
 from vmm.machines.host import Host
 from vmm.machines.nvram import Nvram
+from vmm.machines.states import States
 from vmm.machines.types import Machine, MachineSpec, Stopped
+from vmm.machines.view import is_ours, left_behind, need, view
 from vmm.volumes.store import Database
 
 Networks = Callable[[], dict[str, str]]
@@ -35,6 +38,7 @@ class Machines:
         nvram: Nvram,
         volume_path: Callable[[str], Path],
         networks: Networks,
+        states: States,
     ) -> None:
         self._database = database
         self._hypervisor = hypervisor
@@ -42,9 +46,10 @@ class Machines:
         self._nvram = nvram
         self._volume_path = volume_path
         self._networks = networks
+        self._states = states
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._starting: dict[UUID, int] = {}
-        self._waiting: dict[UUID, list[asyncio.Event]] = {}
+        self._ends = Ends()
         # Machines whose stop was asked for and is waited for.
         self._unwanted: set[UUID] = set()
         self._host_stops = False
@@ -58,6 +63,7 @@ class Machines:
         await self._database.run(partial(store.begin_boot, boot=self._host.boot()))
         rows = await self._database.run(store.rows)
         await asyncio.to_thread(self._nvram.keep_only, [row.id for row in rows])
+        await self._states.recover(rows)
 
     async def close(self) -> None:
         """Finish what is to be noted; call before the database is closed."""
@@ -69,18 +75,18 @@ class Machines:
         rows = {row.id: row for row in await self._database.run(store.rows)}
         domains = (await self._hypervisor.list()).values()
         own |= self.own_domains
-        return [found for found in domains if found.uuid not in own and not _is_ours(rows.get(found.uuid), found)]
+        return [found for found in domains if found.uuid not in own and not is_ours(rows.get(found.uuid), found)]
 
     async def list_all(self) -> list[Machine]:
         """Every machine, by name, with what it does now. Raises: Unavailable."""
         rows = await self._database.run(store.rows)
         domains = await self._hypervisor.list()
-        return [_view(row, domains[row.id].state if row.id in domains else State.STOPPED) for row in rows]
+        return [view(row, domains[row.id].state if row.id in domains else State.STOPPED) for row in rows]
 
     async def show(self, name: str) -> Machine:
         """One machine with what it does now. Raises: NotFound, Unavailable."""
         row = await self._row(name)
-        return _view(row, await self._hypervisor.state(row.id))
+        return view(row, await self._hypervisor.state(row.id))
 
     async def uuid(self, name: str) -> str:
         """The id of a machine. Raises: NotFound."""
@@ -92,10 +98,13 @@ class Machines:
         created = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
         async with self._lock(spec.name):
             row = await self._database.run(partial(store.insert, id=uuid4(), spec=spec, created=created))
-        return _view(row, State.STOPPED)
+        return view(row, State.STOPPED)
 
     async def start(self, name: str) -> Machine:
-        """Start a machine and return once it runs. Raises: NotFound; Conflict; Unavailable, with figures."""
+        """Start a machine, from its saved state if there is one that can be used, and return once it runs.
+
+        Raises: NotFound; Conflict; Unavailable, with figures.
+        """
         async with self._lock(name):
             row = await self._row(name)
             if self._host_stops:
@@ -104,19 +113,24 @@ class Machines:
             running = dict(self._starting)
             domains = await self._hypervisor.list()
             if row.id in domains:
-                raise Conflict(f"the machine {name!r} is {domains[row.id].state.value}")
+                if not left_behind(row, domains[row.id].state):
+                    raise Conflict(f"the machine {name!r} is {domains[row.id].state.value}")
+                await self._hypervisor.destroy(row.id)
+                del domains[row.id]
             rows = {other.id: other for other in await self._database.run(store.rows)}
             # Starts under way may be in neither or in both lists, and end while we look: count each machine once.
-            running.update({id: _need(rows[id].spec) for id in domains if id in rows})
+            running.update({id: need(rows[id].spec) for id in domains if id in rows})
             running.update(self._starting)
-            self._admit(_need(row.spec), sum(running.values()))
-            self._starting[row.id] = _need(row.spec)
+            self._admit(need(row.spec), sum(running.values()))
+            self._starting[row.id] = need(row.spec)
             try:
-                await self._hypervisor.start(await self._xml(row))
+                xml = await self._xml(row)
+                if not await self._states.resume(row, xml):
+                    await self._hypervisor.start(xml)
             finally:
                 del self._starting[row.id]
             await self._note(row.id, "on")
-            return _view(row, await self._hypervisor.state(row.id))
+            return view(await self._row(name), await self._hypervisor.state(row.id))
 
     async def stop(self, name: str, timeout: int) -> Machine:
         """Press the power button and wait up to ``timeout`` seconds for the guest to go.
@@ -132,7 +146,7 @@ class Machines:
         # Waiting happens outside the lock, so that force-off need not wait too.
         self._unwanted.add(row.id)
         try:
-            if not await self._ends(row.id, stopped, timeout):
+            if not await self._ends.wait(row.id, stopped, timeout):
                 raise Conflict(
                     f"the machine {name!r} did not stop within {timeout} s",
                     hint="Its system may ignore the power button; force-off switches it off.",
@@ -140,26 +154,35 @@ class Machines:
         finally:
             self._unwanted.discard(row.id)
         await self._note(row.id, "off")
-        return _view(row, State.STOPPED)
+        return view(row, State.STOPPED)
 
     async def force_off(self, name: str) -> Machine:
-        """Switch a machine off at once. Raises: NotFound; Conflict when it does not run."""
+        """Switch a machine off at once; one that is saved loses its state.
+
+        Raises: NotFound; Conflict when it does not run and is not saved.
+        """
         async with self._lock(name):
             row = await self._row(name)
             try:
                 await self._hypervisor.destroy(row.id)
+                await self._states.discard(row)
             except NotFound:
-                raise Conflict(f"the machine {name!r} does not run") from None
+                if not await self._states.discard(row):
+                    raise Conflict(f"the machine {name!r} does not run") from None
             await self._note(row.id, "off")
-            return _view(row, State.STOPPED)
+            return view(await self._row(name), State.STOPPED)
 
     async def delete(self, name: str) -> None:
-        """Delete a machine that does not run; its volumes stay. Raises: NotFound, Conflict."""
+        """Delete a machine that does not run and is not saved; its volumes stay. Raises: NotFound, Conflict."""
         async with self._lock(name):
             row = await self._row(name)
             state = await self._hypervisor.state(row.id)
             if state is not State.STOPPED:
                 raise Conflict(f"the machine {name!r} is {state.value}", hint="Stop it first.")
+            if row.saved is not None and row.saved.phase == "saved":
+                raise Conflict(
+                    f"the machine {name!r} is saved", hint="Start it and shut it down, or discard its state: force-off."
+                )
             await self._database.run(partial(store.delete, id=row.id))
             await asyncio.to_thread(self._nvram.remove, row.id)
 
@@ -170,7 +193,7 @@ class Machines:
             console = await self._hypervisor.open_console(row.id)
         except NotFound:
             raise Conflict(f"the machine {name!r} does not run") from None
-        return _view(row, State.RUNNING), console
+        return view(row, State.RUNNING), console
 
     async def stop_all(self) -> list[Stopped]:
         """Stop every machine because the host stops, side by side, each with its own limit; those that ran resume.
@@ -203,6 +226,7 @@ class Machines:
         """Stop one machine; what became of it, or None when it did not run."""
         name, id = row.spec.name, row.id
         stopped: asyncio.Event | None = None
+        unsaved = ""
         try:
             async with self._lock(name):
                 state = await self._hypervisor.state(id)
@@ -211,38 +235,38 @@ class Machines:
                 await self._database.run(
                     partial(store.set_power, id=id, power="off" if id in self._unwanted else "resume")
                 )
-                # A guest that is paused (its disk failed) or has crashed hears no button.
-                if state in (State.RUNNING, State.STOPPING):
-                    with suppress(NotFound):
-                        stopped = await self._press(id)
-            if stopped is not None and await self._ends(id, stopped, row.spec.stop_timeout):
-                return Stopped(name, str(id), "shut-down")
+            if row.spec.host_stop == "save" and state is State.RUNNING and id not in self._unwanted:
+                try:
+                    # Outside the lock, so that force-off need not wait.
+                    await self._states.save(row, await self._xml(row), row.spec.stop_timeout)
+                    return Stopped(name, str(id), "saved")
+                except UserError as error:
+                    unsaved = error.message
+            # A guest that is paused (its disk failed) or has crashed hears no button.
+            if state in (State.RUNNING, State.STOPPING):
+                with suppress(NotFound):
+                    stopped = await self._press(id)
+            if stopped is not None and await self._ends.wait(id, stopped, row.spec.stop_timeout):
+                return Stopped(name, str(id), "shut-down", unsaved)
             with suppress(NotFound):
                 await self._hypervisor.destroy(id)
         except UserError as error:
-            return Stopped(name, str(id), "failed", error.message)
-        return Stopped(name, str(id), "switched-off")
+            return Stopped(name, str(id), "failed", "; ".join(filter(None, (unsaved, error.message))))
+        return Stopped(name, str(id), "switched-off", unsaved)
 
     async def _press(self, id: UUID) -> asyncio.Event:
-        """Press the power button; what is returned must be handed to _ends(). Raises: NotFound; Unavailable."""
-        stopped = asyncio.Event()
-        self._waiting.setdefault(id, []).append(stopped)
+        """Press the power button; what is returned must be handed to Ends.wait(). Raises: NotFound; Unavailable."""
+        stopped = self._ends.expect(id)
         try:
             await self._hypervisor.shutdown(id)
         except BaseException:
-            self._forget(id, stopped)
+            self._ends.forget(id, stopped)
             raise
         return stopped
 
-    async def _ends(self, id: UUID, stopped: asyncio.Event, timeout: int) -> bool:
-        """Wait up to ``timeout`` seconds for a guest's end; whether it came."""
-        try:
-            await asyncio.wait_for(stopped.wait(), timeout)
-        except TimeoutError:
-            return False
-        finally:
-            self._forget(id, stopped)
-        return True
+    async def _note_end(self, id: UUID) -> None:
+        if not self._host_stops:
+            await self._database.run(partial(store.note_end, id=id))
 
     async def _note(self, id: UUID, power: store.Power) -> None:
         # What ends while the host stops is to run again; that was noted before it was stopped.
@@ -297,13 +321,13 @@ class Machines:
         for index, volume in enumerate(volumes):
             if volume in volumes[:index]:
                 raise UserError(f"disks[{index}].volume: {volume!r} is listed twice")
-        self._admit(_need(spec), 0)
+        self._admit(need(spec), 0)
 
-    def _admit(self, need: int, running: int) -> None:
+    def _admit(self, wanted: int, running: int) -> None:
         total = self._host.memory()
-        if running + need > total:
+        if running + wanted > total:
             raise Unavailable(
-                f"not enough memory: the machine and its overhead need {need} bytes, "
+                f"not enough memory: the machine and its overhead need {wanted} bytes, "
                 f"{max(total - running, 0)} are left of {total} (running machines have {running})",
                 hint="Stop other machines, or give this one less memory.",
             )
@@ -318,8 +342,8 @@ class Machines:
         if id is None:
             self._later(self.look_anew())
         elif state is State.STOPPED:
-            self._wake(id)
-            self._later(self._note(id, "off"))
+            self._ends.came(id)
+            self._later(self._note_end(id))
 
     def _later(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -329,50 +353,16 @@ class Machines:
     async def look_anew(self) -> None:
         """Find out about ends, and starts, that we did not hear of."""
         with suppress(Unavailable):  # broken again: there will be another look
-            for id in list(self._waiting):
+            for id in self._ends.awaited:
                 if await self._hypervisor.state(id) is State.STOPPED:
-                    self._wake(id)
+                    self._ends.came(id)
             domains = await self._hypervisor.list()
             for row in await self._database.run(store.rows):
                 if (row.id in domains) == (row.power == "on"):
                     continue
                 async with self._lock(row.spec.name):
-                    runs = await self._hypervisor.state(row.id) is not State.STOPPED
-                    if runs or row.power == "on":
-                        await self._note(row.id, "on" if runs else "off")
-
-    def _wake(self, id: UUID) -> None:
-        for stopped in self._waiting.get(id, ()):
-            stopped.set()
-
-    def _forget(self, id: UUID, stopped: asyncio.Event) -> None:
-        waiting = self._waiting.get(id, [])
-        if stopped in waiting:
-            waiting.remove(stopped)
-        if not waiting:
-            self._waiting.pop(id, None)
-
-
-def _need(spec: MachineSpec) -> int:
-    return spec.memory + domain.overhead(spec.cpus)
-
-
-def _is_ours(row: store.Row | None, found: Domain) -> bool:
-    return row is not None and found.spec_sha256 == row.spec_sha256 and found.uid == row.uid
-
-
-def _view(row: store.Row, state: State) -> Machine:
-    spec = row.spec
-    return Machine(
-        spec.name,
-        str(row.id),
-        state.value,
-        row.uid,
-        row.created,
-        spec.cpus,
-        spec.memory,
-        spec.disks,
-        spec.networks,
-        spec.description,
-        spec.stop_timeout,
-    )
+                    state = await self._hypervisor.state(row.id)
+                    if left_behind(await self._row(row.spec.name), state):
+                        continue  # its next start ends it
+                    if state is not State.STOPPED or row.power == "on":
+                        await self._note(row.id, "off" if state is State.STOPPED else "on")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sqlite3
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 from uuid import UUID
 
 import msgspec
 
 from vmm.errors import Conflict, NotFound, Unavailable, UserError
+from vmm.machines import savedrows
 from vmm.machines.types import MachineSpec
 
 FIRST_UID, LAST_UID = 70000, 79999
@@ -37,6 +38,7 @@ class Row:
     created: str
     power: Power
     volumes: tuple[str, ...]
+    saved: savedrows.Saved | None = None
 
     @property
     def spec_sha256(self) -> str:
@@ -44,7 +46,10 @@ class Row:
         return self.spec.sha256(self.id)
 
 
-_SELECT = "SELECT id, spec, uid, created, power FROM machines "
+_SELECT = (
+    f"SELECT id, spec, uid, created, power, {savedrows.COLUMNS} "
+    "FROM machines LEFT JOIN saved ON machine_id = id "
+)
 
 
 def rows(connection: sqlite3.Connection) -> list[Row]:
@@ -86,7 +91,9 @@ def delete(connection: sqlite3.Connection, id: UUID) -> None:
 
 def begin_boot(connection: sqlite3.Connection, boot: str) -> None:
     """Note in which boot core runs. In a new one, what ran in the one before is to be started again."""
-    if connection.execute("SELECT boot FROM host").fetchone() != (boot,):
+    (previous,) = connection.execute("SELECT boot FROM host").fetchone()
+    savedrows.begin_boot(connection, boot, previous)
+    if previous != boot:
         connection.execute("UPDATE host SET boot = ?", (boot,))
         # Those are starts that never came to an end: each may be what ended the host.
         connection.execute("UPDATE machines SET power = 'off' WHERE power = 'resume' AND tries >= ?", (MOST_TRIES,))
@@ -96,6 +103,13 @@ def begin_boot(connection: sqlite3.Connection, boot: str) -> None:
 def set_power(connection: sqlite3.Connection, id: UUID, power: Power) -> None:
     """Note whether a machine runs, or is to run; what was tried before is forgotten."""
     connection.execute("UPDATE machines SET power = ?, tries = 0 WHERE id = ?", (power, str(id)))
+    if power == "on":
+        savedrows.settle(connection, id)
+
+
+def note_end(connection: sqlite3.Connection, id: UUID) -> None:
+    """Note that a machine's domain ended; one that is to run again, and of which a try failed, is still to."""
+    connection.execute("UPDATE machines SET power = 'off', tries = 0 WHERE id = ? AND power = 'on'", (str(id),))
 
 
 def count_try(connection: sqlite3.Connection, name: str) -> int:
@@ -105,10 +119,12 @@ def count_try(connection: sqlite3.Connection, name: str) -> int:
     return int(found[0]) if found else 0
 
 
-def _row(connection: sqlite3.Connection, found: tuple[str, str, int, str, Power]) -> Row:
-    id, spec, uid, created, power = found
+def _row(connection: sqlite3.Connection, found: tuple[Any, ...]) -> Row:
+    id, spec, uid, created, power, *columns = found
     volumes = connection.execute("SELECT volume_id FROM disks WHERE machine_id = ? ORDER BY position", (id,))
-    return Row(UUID(id), msgspec.json.decode(spec, type=_StoredSpec), uid, created, power, tuple(v for (v,) in volumes))
+    saved = None if columns[0] is None else savedrows.made(*columns)
+    spec = msgspec.json.decode(spec, type=_StoredSpec)
+    return Row(UUID(id), spec, uid, created, power, tuple(volume for (volume,) in volumes), saved)
 
 
 def _free_volume(connection: sqlite3.Connection, field: str, name: str) -> str:

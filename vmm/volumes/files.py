@@ -10,12 +10,18 @@ from vmm import atomic
 from vmm.errors import Unavailable
 
 IMPORT_GROUP = "holdfast-import"
+GIB = 1 << 30
 
 
 def make_directory(path: Path) -> None:
     """Make a directory through which machines' own users may pass, but which they cannot list."""
     path.mkdir(exist_ok=True)
     path.chmod(0o711)
+
+
+def reserve(total: int) -> int:
+    """What is never promised of a file system of ``total`` bytes: 5 %, at least 1 GiB (10 % where that is less)."""
+    return max(total // 20, min(GIB, total // 10))
 
 
 def create(path: Path, size: int) -> None:

@@ -16,8 +16,6 @@ from vmm.volumes import files, qcow2, store
 from vmm.volumes.importer import Importer
 from vmm.volumes.types import MAX_SIZE, Format, Volume, round_up
 
-GIB = 1 << 30
-
 
 class Volumes:
     """All volumes of this host. Files lie in ``directory``/volumes, uploads for the time being in staging."""
@@ -134,10 +132,10 @@ class Volumes:
         await self._database.run(partial(store.delete, id=id))
 
     def _capacity(self) -> int:
-        """Bytes that may be promised: all but a reserve of 5 %, at least 1 GiB (10 % where that is less)."""
+        """Bytes that may be promised."""
         status = os.statvfs(self._files)
         total = status.f_blocks * status.f_frsize
-        return total - max(total // 20, min(GIB, total // 10))
+        return total - files.reserve(total)
 
     def _view(self, row: store.Row) -> Volume:
         try:

@@ -68,6 +68,8 @@ def admit(connection: sqlite3.Connection, name: str, wanted: int, capacity: int,
     if connection.execute("SELECT 1 FROM volumes WHERE name = ?", (name,)).fetchone():
         raise Conflict(f"there is already a volume {name!r}")
     promised = connection.execute("SELECT coalesce(sum(size), 0) FROM volumes").fetchone()[0] + staged
+    # Machines' saved states lie beside the volumes, until they are resumed.
+    promised += connection.execute("SELECT coalesce(sum(size), 0) FROM saved").fetchone()[0]
     if promised + wanted > capacity:
         raise Unavailable(
             f"not enough disk space: {wanted} bytes are wanted, {max(capacity - promised, 0)} are left "
