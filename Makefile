@@ -7,7 +7,7 @@ TOOLS   := $(BUILDER) tools
 RUFF    := build/venv/bin/ruff
 GUESTS  := build/test/guests/linux.raw
 
-.PHONY: help image run test test-unit test-host lint bench faults conformance release clean
+.PHONY: help image run test test-all test-unit test-host lint bench faults conformance release clean
 
 help: ## explain the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -25,13 +25,16 @@ $(GUESTS): image tests/guest/*
 run: image $(GUESTS) ## boot the image in QEMU and try it with the command line tool; FRESH=1 installs it anew
 	@trap '' INT; $(TOOLS) python3 -m tests.run
 
-test: test-unit test-host ## all tests: without an image, then on the booted one
+test: test-unit test-host ## tests without an image, then on the booted one, in about half an hour
+
+test-all: test-unit ## the same with those that take long: all attacks, more restarts; before a release
+	@$(MAKE) --no-print-directory test-host LONG=1
 
 test-unit: ## tests that need no image
 	@$(TOOLS) python3 -m pytest tests/unit -q -n auto $(if $(T),-k '$(T)')
 
 test-host: image $(GUESTS) ## tests on the booted image; the first one makes the checkpoint
-	@$(TOOLS) python3 -m pytest tests/host -q --durations=10 $(if $(T),-k '$(T)')
+	@$(TOOLS) python3 -m pytest tests/host -q --durations=10 $(if $(T),-k '$(T)',$(if $(LONG),,-m 'not long'))
 
 lint: $(RUFF) ## ruff and mypy --strict
 	@$(RUFF) check .

@@ -82,6 +82,7 @@ def requirement_ids(item: pytest.Item) -> list[str]:
 def pytest_configure(config: pytest.Config) -> None:
     """Register the marker and the recorder."""
     config.addinivalue_line("markers", "sfr(id, ...): the requirements (requirements.yaml) that the test checks")
+    config.addinivalue_line("markers", "long: for `make test-all`; `make test` leaves it out")
     config.pluginmanager.register(Recorder(), "holdfast-recorder")
 
 

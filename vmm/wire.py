@@ -235,7 +235,8 @@ async def serve_on(listening: socket.socket, handler: Handler) -> asyncio.Server
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await answer(Channel(reader, writer), handler)
 
-    return await asyncio.start_unix_server(connected, sock=listening, limit=MAX_FRAME)
+    # The socket's file is systemd's, too: without it nobody would ever reach, and so start, this service again.
+    return await asyncio.start_unix_server(connected, sock=listening, limit=MAX_FRAME, cleanup_socket=False)
 
 
 async def _send_problem(channel: Channel, problem: Problem) -> None:

@@ -20,6 +20,7 @@ from tests.harness.publishing import Publisher
 from tests.harness.seed import Identity
 from tests.harness.stream import Console
 from tests.harness.updates import Updates
+from tests.harness.waiting import Expired, poll
 
 RUNNING = Path("build/image/release")
 """The release that hosts under test run."""
@@ -63,6 +64,21 @@ class Guests:
         console.expect("in-42-step")
         console.expect(GUEST_PROMPT)
         return console
+
+    def wait(self, name: str, seconds: float = 60) -> None:
+        """Wait until a guest that somebody else started answers on its console. Raises: Expired."""
+        console = self.api.console(name)
+
+        def answers() -> bool:
+            console.send("\n")
+            try:
+                console.expect(GUEST_PROMPT, 1)
+            except Expired:
+                return False
+            return True
+
+        poll(answers, seconds * self.host.acceleration.scale, f"{name} answers on its console")
+        console.close()
 
     def process(self, uuid: str) -> int:
         """The process id of a machine's QEMU on the host."""

@@ -58,6 +58,7 @@ def runs(operator: Updates, guests: Guests, name: str) -> tuple[Any, Any]:
     return view, operator.host.agent.python(FACTS, guests.process(view["uuid"]))
 
 
+@pytest.mark.long
 @pytest.mark.sfr("FMT_MOF_EXT.1", "FDP_VMS_EXT.1", "FAU_GEN.1")
 def test_a_guest_goes_on_after_a_restart_of_the_host(host: Host, operator: Updates, guests: Guests) -> None:
     """It is the same boot of the guest with the same memory, as confined as before; but only once: when the power

@@ -105,6 +105,7 @@ def foreign_policy(built_image: Image) -> Path:
     return keys
 
 
+@pytest.mark.long
 @pytest.mark.sfr("FPT_TUD_EXT.1", "FPT_ML_EXT.1", "FAU_GEN.1")
 def test_versions_that_do_not_get_far_are_left_by_themselves(
     booted: Checkpoint, built_image: Image, clients: dict[str, Identity], foreign_policy: Path, workdir: Path

@@ -43,6 +43,7 @@ os.close(descriptor)
     agent.exec(["rm", _FILLER])
 
 
+@pytest.mark.long
 @pytest.mark.sfr("FPT_TUD_EXT.1", "FAU_GEN.1")
 def test_no_room_is_said_with_figures_before_anything_is_fetched(
     updates: Updates, host: Host, repositories: Path
@@ -117,6 +118,7 @@ def test_a_download_outlives_its_server(updates: Updates, host: Host, repositori
     assert refusals[2][2] == "the update was cancelled"
 
 
+@pytest.mark.long
 @pytest.mark.sfr("FPT_TUD_EXT.1", "FAU_GEN.1")
 def test_updates_by_way_of_a_proxy(updates: Updates, host: Host, repositories: Path) -> None:
     """With update.proxy a release comes through its tunnel, to a server that is to be reached no other way.

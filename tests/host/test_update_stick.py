@@ -59,6 +59,7 @@ def imports(updates: Updates) -> list[Any]:
     return updates.records("update.import")
 
 
+@pytest.mark.long
 @pytest.mark.sfr("FPT_TUD_EXT.1", "FAU_GEN.1")
 def test_a_release_is_taken_from_a_stick(updates: Updates, host: Host, stick: Path) -> None:
     """Plugged into a running host, imported, pulled out again; then as any other release. No server is there."""

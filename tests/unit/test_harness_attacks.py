@@ -170,5 +170,3 @@ def test_sizes_that_do_not_fit(site: Site) -> None:
         with pytest.raises(NoRoom, match="the partition root of the other slot: 2147483648 bytes are needed"):
             download(site.world)
         assert not any(path.endswith(".zst") for path in server.asked)
-
-

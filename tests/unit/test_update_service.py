@@ -385,5 +385,6 @@ def test_the_daemon_ends_when_nobody_needs_it(world: World) -> None:
         gate.open.set()
         await asyncio.wait_for(serving, 5)
         assert world.env.store.state.installed is not None
+        assert path.is_socket(), "systemd listens on it, and starts the next one by it"
 
     asyncio.run(run())

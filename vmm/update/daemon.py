@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from vmm import wire
@@ -26,6 +27,7 @@ from vmm.update.system import HostSystem
 from vmm.update.work import Work
 
 CORE_USER = "holdfast-core"
+_LAST_CALL_S = 10.0
 
 
 def environment(folder: Path) -> Environment:
@@ -81,6 +83,9 @@ async def serve(server_socket: socket.socket, service: Service, idle: float = ID
         task.cancel()
     service.stop()
     await service.quiet.wait()
+    # A call that came at the last moment is answered.
+    with suppress(TimeoutError):
+        await asyncio.wait_for(server.wait_closed(), _LAST_CALL_S)
 
 
 async def _idle(service: Service, seconds: float) -> None:
