@@ -31,7 +31,7 @@ test-all: test-unit ## the same with those that take long: all attacks, more res
 	@$(MAKE) --no-print-directory test-host LONG=1
 
 test-unit: ## tests that need no image
-	@$(TOOLS) python3 -m pytest tests/unit -q -n auto $(if $(T),-k '$(T)')
+	@$(TOOLS) python3 -m pytest tests/unit -q -n 4 $(if $(T),-k '$(T)')
 
 test-host: image $(GUESTS) ## tests on the booted image; the first one makes the checkpoint
 	@$(TOOLS) python3 -m pytest tests/host -q --durations=10 $(if $(T),-k '$(T)',$(if $(LONG),,-m 'not long'))

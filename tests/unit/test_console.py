@@ -29,11 +29,9 @@ def configured(tree: HostTree, document: bytes) -> None:
     tree.write("run/holdfast/config.json", document)
     tree.write("etc/os-release", b"IMAGE_ID=holdfast\nIMAGE_VERSION=1.2.3\n")
     tree.write("proc/cmdline", b"roothash=" + b"ab" * 32)
-    half = "abababab-abab-abab-abab-abababababab"
     tree.write("sys/class/block/vda5/partition", b"5\n")
-    link = tree.root / "dev/disk/by-partuuid" / half
-    link.parent.mkdir(parents=True)
-    link.symlink_to("../../vda5")
+    tree.write("sys/class/block/dm-0/dm/name", b"root\n")
+    tree.write("sys/class/block/dm-0/slaves/vda5", b"")
     tree.write("var/lib/holdfast/api/server.crt", certificate("server").encode())
     tree.write(
         "proc/net/if_inet6",

@@ -102,10 +102,8 @@ def test_version_and_slot(tmp_path: Path) -> None:
     assert version.read(tmp_path) == version.Version("holdfast", "1.2.3", "", HASH)
     for number, slot in (("2", "a"), ("5", "b"), ("6", "b")):
         put(tmp_path, "sys/class/block/vda2/partition", f"{number}\n")
-        link = tmp_path / "dev/disk/by-partuuid/01234567-89ab-cdef-0123-456789abcdef"
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.unlink(missing_ok=True)
-        link.symlink_to("../../vda2")
+        put(tmp_path, "sys/class/block/dm-0/dm/name", "root\n")
+        put(tmp_path, "sys/class/block/dm-0/slaves/vda2", "")
         assert version.read(tmp_path).slot == slot
     put(tmp_path, "proc/cmdline", "quiet\n")
     assert version.read(tmp_path) == version.Version("holdfast", "1.2.3", "", "")

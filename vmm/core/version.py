@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 
+from vmm.config import devices
 from vmm.paths import ROOT
 from vmm.release import os_release, root_hash
 
@@ -28,16 +29,14 @@ def read(root: Path = ROOT) -> Version:
     """The version of the running system; ``root`` is where /etc, /proc, /sys and /dev lie."""
     version = os_release(root).get("IMAGE_VERSION", "unknown")
     found = root_hash(root)
-    return Version(PRODUCT, version, _slot(root, found) if found else "", found)
+    return Version(PRODUCT, version, _slot(root) if found else "", found)
 
 
-def _slot(root: Path, root_hash: str) -> str:
-    """The root partition's UUID is the first half of the hash; slot A's root is the image's second partition."""
-    half = root_hash[:32]
-    uuid = "-".join((half[:8], half[8:12], half[12:16], half[16:20], half[20:]))
+def _slot(root: Path) -> str:
+    """By what lies under the open root; its partition's UUID would be that of an installation stick, too."""
     try:
-        device = (root / "dev/disk/by-partuuid" / uuid).readlink().name
-        number = (root / "sys/class/block" / device / "partition").read_text(encoding="utf-8").strip()
+        block = root / "sys/class/block"
+        numbers = [(block / name / "partition").read_text().strip() for name in devices.below(root, "root")]
     except OSError:
         return ""
-    return "a" if number == _ROOT_A else "b"
+    return "" if not numbers else "a" if _ROOT_A in numbers else "b"

@@ -46,10 +46,7 @@ class Row:
         return self.spec.sha256(self.id)
 
 
-_SELECT = (
-    f"SELECT id, spec, uid, created, power, {savedrows.COLUMNS} "
-    "FROM machines LEFT JOIN saved ON machine_id = id "
-)
+_SELECT = f"SELECT id, spec, uid, created, power, {savedrows.COLUMNS} FROM machines LEFT JOIN saved ON machine_id = id "
 
 
 def rows(connection: sqlite3.Connection) -> list[Row]:

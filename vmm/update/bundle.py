@@ -35,9 +35,7 @@ _FOLDER = re.compile(r"(\.|metadata|targets(/holdfast_[0-9.]{5,32})?)/?")
 class Unpacker:
     """Takes a tar's bytes by feed(), and puts the repository in place at finish()."""
 
-    def __init__(
-        self, folder: Path, free: Callable[[Path], int] = files.free, *, ends_itself: bool = False
-    ) -> None:
+    def __init__(self, folder: Path, free: Callable[[Path], int] = files.free, *, ends_itself: bool = False) -> None:
         """Arguments: ``folder`` is where the repository shall lie; what is there stays until finish().
 
         ``ends_itself`` is for a partition, longer than its tar: what follows the tar's own end is not looked at.

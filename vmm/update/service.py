@@ -31,7 +31,7 @@ _NEXT: Mapping[Phase, frozenset[Phase]] = {
     "writing": frozenset({"verifying"}),
     "verifying": frozenset({"finishing"}),
     "finishing": frozenset(),
-    "installed": frozenset({"checking", "verifying"}),
+    "installed": frozenset({"checking", "downloading", "verifying"}),
 }
 """What may follow a phase; every job ends in "idle", "staged" or "installed", by what is then there."""
 _FINAL: frozenset[Phase] = frozenset({"finishing"})
