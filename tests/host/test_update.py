@@ -137,18 +137,16 @@ def test_a_release_whose_service_does_not_start_goes_back_with_the_reason(
 
 
 @pytest.mark.sfr("FPT_TUD_EXT.1")
-def test_power_cuts_while_writing_leave_whole_systems(
+def test_a_power_cut_while_writing_leaves_whole_systems(
     booted: Checkpoint, clients: dict[str, Identity], next_release: releases.Built, workdir: Path
 ) -> None:
-    """A sample of `make faults`: cuts at random moments, read from outside; the last host completes the update."""
+    """A sample of `make faults`: a cut at a random moment, read from outside; then the host completes the update."""
     origin = staged(booted, clients["admin"], next_release)
-    for last in (False, True):
-        seconds = random.SystemRandom().uniform(0, LONGEST_S)
-        with cut(origin, clients["admin"], next_release, seconds, workdir / "cut") as (host, found):
-            print(f"cut after {seconds:.2f} s: {found}")
-            assert not found.broken
-            if last:
-                assert complete(host, clients["admin"], next_release) == ""
+    seconds = random.SystemRandom().uniform(0, LONGEST_S)
+    with cut(origin, clients["admin"], next_release, seconds, workdir / "cut") as (host, found):
+        print(f"cut after {seconds:.2f} s: {found}")
+        assert not found.broken
+        assert complete(host, clients["admin"], next_release) == ""
 
 
 @pytest.fixture(scope="session")
