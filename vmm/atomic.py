@@ -24,7 +24,16 @@ def write(path: Path, content: bytes, *, mode: int = 0o644) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Make names added to, changed in or removed from a folder durable. Raises: OSError."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    _sync(folder, os.O_DIRECTORY)
+
+
+def sync_file(path: Path) -> None:
+    """Make what anybody wrote to a file durable; no link is followed. Raises: OSError."""
+    _sync(path, os.O_NOFOLLOW)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
     try:
         os.fsync(descriptor)
     finally:

@@ -134,3 +134,8 @@ ATTACKS = (
     _part("uki", "mixed and matched", _NOT_SIGNED, _of_another_release),
     Attack("endless data: bomb", "unpacking", "unpacks to more than the 1000", _nothing, "download", {"version": BOMB}),
 )
+"""In an order that must be kept, as parts that came whole in one attack are not fetched in the next."""
+
+_FIRST = {attack.layer: attack for attack in reversed(ATTACKS)}
+SAMPLE = tuple(attack for attack in ATTACKS if attack is _FIRST[attack.layer])
+"""The first attack of each layer."""

@@ -9,9 +9,9 @@ from functools import partial
 
 from tests.harness.host import Host
 
-_SERIAL_LINES = 40
+_MOST_LINES = 80
 _COMMANDS = (
-    ["journalctl", "--boot", "--no-pager", "--output=short-monotonic", "--lines=150"],
+    ["journalctl", "--boot", "--no-pager", "--output=short-monotonic", "--lines=400"],
     ["systemctl", "list-jobs", "--no-pager"],
     ["systemctl", "list-units", "--failed", "--no-legend", "--no-pager"],
 )
@@ -60,13 +60,18 @@ def _processors(host: Host) -> str:
 
 def _serial(host: Host) -> str:
     log = (host.files.directory / "serial.log").read_text(errors="replace")
-    return "\n".join(log.splitlines()[-_SERIAL_LINES:])
+    return _last(log)
 
 
 def _system(host: Host) -> str:
     told = []
     for command in _COMMANDS:
         done = host.agent.exec(command, check=False, seconds=10)
-        told.append(f"$ {' '.join(command)}\n{done.out}{done.err}")
+        told.append(f"$ {' '.join(command)}\n{_last(done.out)}{done.err}")
     told.append("thread, state, where it waits, processor time in 1/100 s:")
     return "\n".join(told + host.agent.python(_PROCESSES))
+
+
+def _last(log: str) -> str:
+    """The end of a log without the kernel's audit trail, which would be most of it."""
+    return "\n".join([line for line in log.splitlines() if "audit: type=" not in line][-_MOST_LINES:])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -193,18 +194,25 @@ def test_what_a_saved_machine_can_be_asked_for(rig: Rig, tmp_path: Path) -> None
     asyncio.run(life())
 
 
+@asynccontextmanager
+async def recording(rig: Rig, tmp_path: Path) -> AsyncIterator[tuple[FakeAudit, Guests]]:
+    """Guests whose states are recorded with an audit daemon, and that daemon."""
+    audit, socket = FakeAudit(), tmp_path / "audit.sock"
+    server = await wire.serve(socket, audit.handle)
+    client = AuditClient(socket)
+    rig.machines._states._record = recorder(client)
+    yield audit, Guests(rig.machines, rig.hypervisor, client)
+    server.close()
+
+
 def test_a_second_stop_does_not_disturb_the_first(rig: Rig, tmp_path: Path) -> None:
     """A guest that is being saved is paused; whoever stops the host meanwhile must not switch it off."""
 
     async def life() -> None:
-        audit, socket = FakeAudit(), tmp_path / "audit.sock"
-        server = await wire.serve(socket, audit.handle)
-        client = AuditClient(socket)
-        rig.machines._states._record = recorder(client)
-        guests = Guests(rig.machines, rig.hypervisor, client)
         id = await make(rig)
         rig.hypervisor.delay = 0.1
-        first, second = await asyncio.gather(guests.stop(), guests.stop())
+        async with recording(rig, tmp_path) as (audit, guests):
+            first, second = await asyncio.gather(guests.stop(), guests.stop())
         assert [one.how for one in first] == ["saved"] and second == [] and file(rig, id).exists()
         (entry,) = audit.entries
         assert (entry.type, entry.phase, entry.outcome) == ("machine.save", "event", "success")
@@ -212,25 +220,20 @@ def test_a_second_stop_does_not_disturb_the_first(rig: Rig, tmp_path: Path) -> N
             *("holdfast", "machine"),
             *(str(id), "web"),
         )
-        server.close()
 
     asyncio.run(life())
 
 
 def test_a_fallback_is_on_record_with_its_reason(rig: Rig, tmp_path: Path) -> None:
     async def life() -> None:
-        audit, socket = FakeAudit(), tmp_path / "audit.sock"
-        server = await wire.serve(socket, audit.handle)
-        client = AuditClient(socket)
-        rig.machines._states._record = recorder(client)
         await make(rig)
         rig.hypervisor.mishaps["save"] = Unavailable("no space")
-        await Guests(rig.machines, rig.hypervisor, client).stop()
+        async with recording(rig, tmp_path) as (audit, guests):
+            await guests.stop()
         assert [(entry.type, entry.outcome, entry.reason) for entry in audit.entries] == [
             ("machine.save", "failure", "no space"),
             ("machine.stop", "success", "the host stops: shut-down; not saved: no space"),
         ]
-        server.close()
 
     asyncio.run(life())
 

@@ -216,7 +216,7 @@ class States:
         os.fsync(descriptor)
         disks = self._disks(row)
         for path in disks:
-            _sync(path)
+            atomic.sync_file(path)
         new.rename(self.path(row.id))
         atomic.sync_folder(self._directory)
         return os.fstat(descriptor).st_blocks * 512, _fingerprint(disks)
@@ -253,11 +253,3 @@ def _fingerprint(disks: list[Path]) -> str:
     found = [(path.name, path.stat()) for path in disks]
     facts = [(name, status.st_ino, status.st_size, status.st_mtime_ns) for name, status in found]
     return hashlib.sha256(repr(facts).encode()).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
