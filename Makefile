@@ -47,7 +47,7 @@ $(RUFF):
 bench: image $(GUESTS) ## measure, against a stock image of the same packages in the same run
 	@$(TOOLS) python3 -m tests.bench
 
-faults: image $(GUESTS) ## cut the power while an update is written, many times; F="--cuts 200 --starts 20"
+faults: image $(GUESTS) ## cut the power on the way to a new release, many times; F="--cuts 200 --starts 20"
 	@$(TOOLS) python3 -m tests.faults $(F)
 
 conformance: ## join the last test results with the requirements

@@ -1,4 +1,4 @@
-"""``python3 -m tests.faults`` (`make faults`): many power cuts while a release is written; prints what they left."""
+"""``python3 -m tests.faults`` (`make faults`): many power cuts on the way to a new release; prints what they left."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import shutil
 from pathlib import Path
 
 from image.builder.host import say
-from tests.faults.cuts import LONGEST_S, complete, cut
-from tests.faults.staged import staged
+from tests.faults.cuts import complete, cut, spread
+from tests.faults.stages import Update
 from tests.harness import releases
 from tests.harness.checkpoint import host_checkpoint
 from tests.harness.image import Image
@@ -31,22 +31,21 @@ def entry() -> int:
     release = releases.build("next", "0.1.1")
     clients = identities(Path("build/test/identities"))
     booted = host_checkpoint(Image.built(), seed_credential(configuration(list(clients.values()))))
-    origin = staged(booted, clients["admin"], release)
+    update = Update(booted, clients["admin"], release)
     shutil.rmtree(_FOLDER, ignore_errors=True)
     stages: collections.Counter[str] = collections.Counter()
     broken: list[str] = []
     say(f"{options.cuts} cuts, moments from seed {options.seed}")
-    for number in range(1, options.cuts + 1):
-        seconds = moments.uniform(0, LONGEST_S)
-        with cut(origin, clients["admin"], release, seconds, _FOLDER / "host") as (host, found):
-            problem, stage = found.broken, found.stage
+    for number, one in enumerate(spread(options.cuts, moments), 1):
+        with cut(update, one, _FOLDER / "host") as (host, found):
+            problem, stage = found.broken, f"{one.kind.name}: {found.stage}"
             if not problem and number * options.starts // options.cuts != (number - 1) * options.starts // options.cuts:
-                problem = complete(host, clients["admin"], release)
+                problem = complete(update, host)
                 stage += ", started and completed"
         stages[stage] += 1
         if problem:
-            broken.append(f"cut {number} after {seconds:.2f} s: {problem}")
-        say(f"{number}: {seconds:.2f} s: {problem or stage}")
+            broken.append(f"cut {number} ({one}): {problem}")
+        say(f"{number}: {one}: {problem or found.stage}")
     for stage, count in sorted(stages.items()):
         print(f"{count:5}  {stage or 'BROKEN'}")
     print(f"{len(broken)} of {options.cuts} cuts left a host broken", *broken, sep="\n")

@@ -1,50 +1,103 @@
-"""One cut: begin to write the staged release, take the power away after some time, look, and perhaps start again."""
+"""One cut: let a step of an update begin, take the power away after some time, look, and perhaps start again."""
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.faults.inspect import Found, inspect, version
-from tests.faults.staged import RUNNING
-from tests.harness import releases
-from tests.harness.checkpoint import Checkpoint
+from tests.faults.stages import RUNNING, Update
 from tests.harness.host import Host
-from tests.harness.seed import Identity
-from tests.harness.updates import Updates
+from tests.harness.updates import Updates, slot
 
-LONGEST_S = 14.0
-"""A little longer than writing, reading back and finishing take on the slowest machine that this runs on."""
+
+@dataclass(frozen=True)
+class Kind:
+    """``job`` is ordered of the updater at ``stage``; without one the step is under way there.
+
+    ``longest`` is a little more than its seconds on the slowest machine that this runs on. ``share`` of all cuts is
+    of this kind, in percent.
+    """
+
+    name: str
+    stage: str
+    job: str
+    longest: float
+    share: int
+
+
+WRITING = Kind("writing", "staged", "apply", 14.0, 60)
+KINDS = (
+    Kind("download", "offered", "download", 14.0, 16),
+    WRITING,
+    Kind("first start", "restarting", "", 60.0, 12),
+    Kind("gate and keeping", "trial", "", 45.0, 12),
+)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """``seconds`` after the beginning of a step of the kind, the power goes."""
+
+    kind: Kind
+    seconds: float
+
+    @classmethod
+    def any(cls, kind: Kind, moments: random.Random) -> Cut:
+        """At a random moment."""
+        return cls(kind, moments.uniform(0, kind.longest))
+
+    def __str__(self) -> str:
+        return f"{self.kind.name}, {self.seconds:.2f} s"
+
+
+def spread(count: int, moments: random.Random) -> list[Cut]:
+    """So many cuts of all kinds by their shares, mixed, so that those who end early have some of each."""
+    kinds = [kind for kind in KINDS for _ in range(round(count * kind.share / 100))]
+    kinds += [WRITING] * (count - len(kinds))
+    moments.shuffle(kinds)
+    return [Cut.any(kind, moments) for kind in kinds[:count]]
 
 
 @contextmanager
-def cut(
-    origin: Checkpoint, admin: Identity, release: releases.Built, seconds: float, workdir: Path
-) -> Iterator[tuple[Host, Found]]:
-    """Cut the power ``seconds`` after the order to write. Inside, the host is off and what is on its disk is known."""
-    host = origin.host(workdir, faulty_disk=True)
+def cut(update: Update, one: Cut, workdir: Path) -> Iterator[tuple[Host, Found]]:
+    """Cut the power. Inside, the host is off and what is on its disk is known."""
+    host = update.at(one.kind.stage).host(workdir, faulty_disk=True)
     try:
         with host:
-            host.agent.set_clock()
-            Updates(host, admin).api.call("POST", "/v1/update/apply", seconds=60)
-            time.sleep(seconds)
-            host.power_cut()
-            yield host, inspect(host.files.flat_disk, RUNNING, release.folder, workdir)
+            if one.kind.job:
+                host.agent.set_clock()
+                with update.serve(host):
+                    Updates(host, update.admin).begin(one.kind.job)
+                    time.sleep(one.seconds)
+                    host.power_cut()
+            else:
+                time.sleep(one.seconds)
+                host.power_cut()
+            yield host, inspect(host.files.flat_disk, RUNNING, update.release.folder, workdir)
     finally:
         host.files.discard()
 
 
-def complete(host: Host, admin: Identity, release: releases.Built) -> str:
-    """Start a host after a cut, complete what was begun, and restart into it; "" or what went wrong."""
+def complete(update: Update, host: Host) -> str:
+    """Start a host after a cut, complete what was begun, and see that it is kept; "" or what went wrong."""
     host.power_on()
-    updates = Updates(host, admin)
-    host.wait_ready(admin, 120)
+    updates = Updates(host, update.admin)
+    host.wait_ready(update.admin, 120)
     status = updates.settled()
     if status["running"] == version(RUNNING):
+        host.agent.set_clock()
         if not status["installed"]:
+            if not status["staged"]:
+                with update.serve(host):
+                    updates.do("check")
+                    updates.do("download")
             updates.do("apply")
         updates.reboot()
         status = updates.settled()
-    return "" if status["running"] == release.version else f"it runs {status['running']}: {status}"
+    kept = status["running"] == update.release.version and slot(status, "b")["tries"] is None
+    return update.damage(host) if kept else f"it runs {status['running']}: {status}"

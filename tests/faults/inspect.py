@@ -60,8 +60,11 @@ def _manifest(folder: Path) -> Mapping[str, Any]:
 
 
 def _stage(table: gpt.Table, wanted: str, names: list[str]) -> str:
-    if any(name.startswith(f"holdfast_{wanted}") for name in names):
-        return "boot entry in place"
+    for name in names:
+        if name == f"holdfast_{wanted}.efi":
+            return "kept"
+        if name.startswith(f"holdfast_{wanted}+"):
+            return f"boot entry with {name.split('+')[1][0]} tries"
     labels = [f"holdfast_{wanted}{part}" for part in ("_signature", "_verity", "")]
     return f"{sum(table.find(label) is not None for label in labels)} of 3 partitions named"
 

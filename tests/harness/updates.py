@@ -35,10 +35,14 @@ class Updates:
         self.host.agent.exec(["systemctl", "is-system-running", "--wait"], check=False, seconds=120)
         return self.status()
 
-    def do(self, job: str, **arguments: Any) -> Any:
-        """Start a job and wait for its end; the status then. Raises: ApiError when the job is refused or fails."""
+    def begin(self, job: str, **arguments: Any) -> None:
+        """Start a job. Raises: ApiError when it is refused at once."""
         body = arguments if job in ("check", "download") else None
         self.api.call("POST", f"/v1/update/{job}", body, seconds=120)
+
+    def do(self, job: str, **arguments: Any) -> Any:
+        """Start a job and wait for its end; the status then. Raises: ApiError when the job is refused or fails."""
+        self.begin(job, **arguments)
         status: Any = poll(self._rest, 240 * self.host.acceleration.scale, f"{job} ends")
         if status["error"]:
             raise ApiError(f"{job}: {status['error']}")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from image.builder.efidisk import find_esp
-from tests.faults.cuts import LONGEST_S, complete, cut
-from tests.faults.staged import staged
+from tests.faults.cuts import KINDS, WRITING, Cut, Kind, complete, cut
+from tests.faults.stages import Update
 from tests.harness import releases
 from tests.harness.api import ApiError
 from tests.harness.checkpoint import Checkpoint
@@ -137,16 +137,19 @@ def test_a_release_whose_service_does_not_start_goes_back_with_the_reason(
 
 
 @pytest.mark.sfr("FPT_TUD_EXT.1")
-def test_a_power_cut_while_writing_leaves_whole_systems(
-    booted: Checkpoint, clients: dict[str, Identity], next_release: releases.Built, workdir: Path
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, id=kind.name, marks=() if kind is WRITING else pytest.mark.long) for kind in KINDS]
+)
+def test_a_power_cut_leaves_whole_systems(
+    booted: Checkpoint, clients: dict[str, Identity], next_release: releases.Built, workdir: Path, kind: Kind
 ) -> None:
     """A sample of `make faults`: a cut at a random moment, read from outside; then the host completes the update."""
-    origin = staged(booted, clients["admin"], next_release)
-    seconds = random.SystemRandom().uniform(0, LONGEST_S)
-    with cut(origin, clients["admin"], next_release, seconds, workdir / "cut") as (host, found):
-        print(f"cut after {seconds:.2f} s: {found}")
+    update = Update(booted, clients["admin"], next_release)
+    one = Cut.any(kind, random.SystemRandom())
+    with cut(update, one, workdir / "cut") as (host, found):
+        print(f"{one}: {found}")
         assert not found.broken
-        assert complete(host, clients["admin"], next_release) == ""
+        assert complete(update, host) == ""
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,104 @@
+"""Where cuts begin: one host at four points of an update, each a checkpoint made from the one before it."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tests.harness import releases
+from tests.harness.checkpoint import Checkpoint
+from tests.harness.host import Host
+from tests.harness.image import Files
+from tests.harness.publishing import Publisher
+from tests.harness.repository import RepositoryServer
+from tests.harness.seed import REPOSITORY, Identity
+from tests.harness.updates import Updates
+
+RUNNING = Path("build/image/release")
+_STORE = Path("build/test/checkpoints-staged")
+_VOLUME = "kept"
+_CONTENT = random.Random(1).randbytes(1 << 20)  # noqa: S311 - no secret
+
+
+@dataclass(frozen=True)
+class Update:
+    """A host that is to take a release, the running one's successor."""
+
+    booted: Checkpoint
+    admin: Identity
+    release: releases.Built
+
+    def at(self, stage: str) -> Checkpoint:
+        """The host at a stage ("offered", "staged", "restarting", "trial"), from the store or made now."""
+        before, advance = _STAGES[stage]
+        directory = self._store() / stage
+        if not directory.exists():
+            origin = self.at(before) if before else self.booted
+            unfinished = directory.with_suffix(".unfinished")
+            with origin.host(unfinished) as host:
+                advance(self, host)
+                host.suspend(unfinished / "memory")
+            unfinished.rename(directory)
+        return replace(self.booted, files=Files(directory, memory=directory / "memory"))
+
+    def _store(self) -> Path:
+        manifest = (self.release.folder / "manifest.json").read_text()
+        folder = _STORE / hashlib.sha256(f"{self.booted.files.directory} {manifest}".encode()).hexdigest()[:16]
+        if not folder.exists():
+            shutil.rmtree(_STORE, ignore_errors=True)
+            publisher = Publisher(releases.FOLDER / "offered-staged")
+            publisher.publish(RUNNING)
+            publisher.publish(self.release.folder)
+            folder.mkdir(parents=True)
+            shutil.copytree(publisher.folder, folder / "repository")
+        return folder
+
+    def serve(self, host: Host) -> AbstractContextManager[RepositoryServer]:
+        """The server that has the release, for a host that is on."""
+        return RepositoryServer(self._store() / "repository", host.repository_socket, REPOSITORY)
+
+    def damage(self, host: Host) -> str:
+        """Whether a volume that was written before the update is what it was; "" if so."""
+        volume = host.api(self.admin).call("GET", f"/v1/volumes/{_VOLUME}")
+        content = host.agent.read(f"/var/lib/holdfast/core/volumes/{volume['uuid']}.raw")
+        return "" if content == _CONTENT else "a volume has changed"
+
+
+def _offer(update: Update, host: Host) -> None:
+    host.agent.set_clock()
+    updates = Updates(host, update.admin)
+    updates.api.call("PUT", f"/v1/volumes/{_VOLUME}/content?format=raw", _CONTENT, seconds=60)
+    with update.serve(host):
+        updates.do("check")
+
+
+def _download(update: Update, host: Host) -> None:
+    host.agent.set_clock()
+    with update.serve(host):
+        Updates(host, update.admin).do("download")
+
+
+def _restart(update: Update, host: Host) -> None:
+    host.agent.set_clock()
+    updates = Updates(host, update.admin)
+    updates.do("apply")
+    updates.api.call("POST", "/v1/host/reboot", seconds=120)
+    host.wait_reset()
+
+
+def _try(update: Update, host: Host) -> None:
+    host.wait_api(120)
+
+
+_STAGES: dict[str, tuple[str, Callable[[Update, Host], None]]] = {
+    "offered": ("", _offer),
+    "staged": ("offered", _download),
+    "restarting": ("staged", _restart),
+    "trial": ("restarting", _try),
+}
+"""Before which other stage a stage comes, and how a host gets from there to it. On trial, the gate still asks."""
