@@ -36,9 +36,9 @@ class Measured:
     vouched: tuple[bytes, ...]
 
     def foresee(self, db: bytes, entry: bytes, *, loader: bytes, uki: bytes) -> bytes:
-        """What PCR 7 will hold when db holds ``db`` and its entry ``entry`` (owner and certificate) vouches for the UKI.
+        """What PCR 7 will hold when the content of db is ``db``, and an entry of it vouches for the UKI.
 
-        Arguments: ``loader`` and ``uki`` are the certificates that vouch for boot loader and UKI of this start.
+        Arguments: ``entry`` is owner and certificate; ``loader`` and ``uki`` are the certificates that vouch for boot loader and UKI of this start.
         Raises: Refused when the log does not name them.
         """
         events = [

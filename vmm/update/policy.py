@@ -1,7 +1,7 @@
 """The TPM policy of a seal, by which a volume's header tells to what it is sealed.
 
-systemd-cryptenroll(1) makes it of a policy key, whose signature of PCR 11 it wants, and a value of PCR 7 (TPM 2.0 Library,
-part 3: TPM2_PolicyAuthorize, TPM2_PolicyPCR; part 1, "Names").
+systemd-cryptenroll(1) makes it of a policy key, whose signature of PCR 11 it wants, and a value of PCR 7 (TPM 2.0
+Library, part 3: TPM2_PolicyAuthorize, TPM2_PolicyPCR; part 1, "Names").
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -20,10 +20,12 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from vmm.config import devices
 from vmm.paths import ROOT
 from vmm.process import run
+from vmm.update import policy
 from vmm.update.errors import Refused
 
 LAYER = "seals"
 VOLUMES = ("data", "audit")
+POLICY_KEY = "usr/share/holdfast/pcr.pem"
 _TPM = "systemd-tpm2"
 _TIMEOUT_S = 120.0
 
@@ -32,6 +34,9 @@ class _Token(msgspec.Struct, frozen=True):
     type: str
     keyslots: list[Annotated[str, msgspec.Meta(pattern=r"\A[0-9]{1,2}\Z")]] = []
     tpm2_pubkey: str = ""
+    policy: Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{0,128}\Z")] = msgspec.field(
+        default="", name="tpm2-policy-hash"
+    )
 
 
 class _Header(msgspec.Struct, frozen=True):
@@ -39,11 +44,14 @@ class _Header(msgspec.Struct, frozen=True):
 
 
 class Seal(msgspec.Struct, frozen=True):
-    """One way the TPM opens a volume: the token's number, its key slots, and the policy key it wants (DER)."""
+    """One way the TPM opens a volume: the token's number, its key slots, the policy key it wants (DER), and the digest
+    of its whole policy (policy.py).
+    """
 
     token: str
     keyslots: tuple[str, ...]
     key: bytes
+    policy: str = ""
 
 
 def parse(metadata: bytes) -> list[Seal]:
@@ -51,7 +59,7 @@ def parse(metadata: bytes) -> list[Seal]:
     try:
         tokens = msgspec.json.decode(metadata, type=_Header).tokens
         found = [(number, token) for number, token in tokens.items() if token.type == _TPM]
-        return [Seal(number, tuple(token.keyslots), _der(token.tpm2_pubkey)) for number, token in found]
+        return [Seal(number, tuple(token.keyslots), _der(token.tpm2_pubkey), token.policy) for number, token in found]
     except (msgspec.MsgspecError, UnicodeDecodeError, ValueError, binascii.Error, UnsupportedAlgorithm) as error:
         raise Refused(LAYER, f"a volume's header cannot be understood: {error}") from None
 
@@ -75,19 +83,33 @@ def renew(root: Path = ROOT) -> list[str]:
 
     Returns: what was taken away, in words. Raises: Refused; CommandFailed.
     """
-    pem = (root / "usr/share/holdfast/pcr.pem").read_bytes()
+    pem = (root / POLICY_KEY).read_bytes()
     key = load_pem_public_key(pem).public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     done = []
     for volume in VOLUMES:
         device = _device(root, volume)
-        dump = run(["cryptsetup", "luksDump", "--dump-json-metadata", device], timeout=_TIMEOUT_S).stdout
-        for seal in outdated(parse(dump.encode()), key):
+        for seal in outdated(_read(device), key):
             for slot in seal.keyslots:
                 run(["cryptsetup", "luksKillSlot", "--batch-mode", device, slot], timeout=_TIMEOUT_S)
             # The token went with its last key slot where cryptsetup knows its type; a second removal changes nothing.
             run(["cryptsetup", "token", "remove", "--token-id", seal.token, device], check=False, timeout=_TIMEOUT_S)
             done.append(f"{volume}: token {seal.token}")
     return done
+
+
+def unsealed(pcr7: Iterable[bytes], root: Path = ROOT) -> list[str]:
+    """The volumes that the running system's policy key would not open under each of these values of PCR 7.
+
+    Raises: Refused; CommandFailed; OSError.
+    """
+    pem = (root / POLICY_KEY).read_bytes()
+    wanted = {policy.of_seal(pem, value) for value in pcr7}
+    return [volume for volume in VOLUMES if not wanted <= {seal.policy for seal in _read(_device(root, volume))}]
+
+
+def _read(device: Path) -> list[Seal]:
+    dump = run(["cryptsetup", "luksDump", "--dump-json-metadata", device], timeout=_TIMEOUT_S).stdout
+    return parse(dump.encode())
 
 
 def _device(root: Path, volume: str) -> Path:
