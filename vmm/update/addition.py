@@ -57,7 +57,7 @@ def parse(payload: bytes) -> Addition:
     if (revision, type, kind) != (_REVISION, _TYPE, _PKCS7) or not _AUTHENTICATION.size < end < len(payload):
         raise Refused(LAYER, "it is no authenticated variable")
     content = payload[end:]
-    match [*firmware.entries("it", content)]:
+    match [*firmware.entries("the addition", content)]:
         case [(firmware.X509, entry)]:
             pass
         case _:

@@ -38,7 +38,8 @@ class Measured:
     def foresee(self, db: bytes, entry: bytes, *, loader: bytes, uki: bytes) -> bytes:
         """What PCR 7 will hold when the content of db is ``db``, and an entry of it vouches for the UKI.
 
-        Arguments: ``entry`` is owner and certificate; ``loader`` and ``uki`` are the certificates that vouch for boot loader and UKI of this start.
+        Arguments: ``entry`` is owner and certificate; ``loader`` and ``uki`` are the certificates that vouch for boot
+        loader and UKI of this start.
         Raises: Refused when the log does not name them.
         """
         events = [
@@ -50,17 +51,16 @@ class Measured:
         return eventlog.replay(events, REGISTER)
 
     def _with_other_uki(self, events: Sequence[Event], entry: bytes, loader: bytes, uki: bytes) -> list[Event]:
-        others = [event for event in events if _certificate(event) != entry[firmware.OWNER_BYTES :]]
-        vouched = [_certificate(event) for event in others]
-        if loader not in vouched or (uki != loader and uki not in vouched):
+        vouched = [_certificate(event) for event in events]
+        if loader not in vouched or uki not in vouched:
             raise Refused(LAYER, "the log does not name the certificates that vouched for boot loader and UKI")
-        if loader == uki:
-            # Named once for both. The UKI is what starts next after the loader.
-            place = vouched.index(loader) + 1
-        else:
-            place = vouched.index(uki)
-            del others[place]
-        return [*others[:place], _event(AUTHORITY, entry), *others[place:]]
+        place = vouched.index(uki)
+        # Named once for both if it is the loader's as well; the UKI is what starts next after that.
+        before, after = events[: place + (uki == loader)], events[place + 1 :]
+        coming = entry[firmware.OWNER_BYTES :]
+        if coming in vouched[: len(before)]:
+            return [*before, *after]
+        return [*before, _event(AUTHORITY, entry), *(event for event in after if _certificate(event) != coming)]
 
 
 def understand(events: Sequence[Event], value: bytes) -> Measured:

@@ -66,9 +66,8 @@ class Rotation:
         )
 
     def _change(self, version: str, foreseen: Foreseen, payload: bytes) -> KeyChange:
-        now, following = (value.hex() for value in foreseen.pcr7)
         subject = signer.subject(foreseen.certificate)
-        return KeyChange(version, subject, payload, (now, following), _digest(foreseen.db), self._env.running.boot)
+        return KeyChange(version, subject, payload, _hex(foreseen), _digest(foreseen.db), self._env.running.boot)
 
     def leave(self, change: KeyChange) -> None:
         """Leave the values for the next initrd. Raises: OSError."""
@@ -128,7 +127,7 @@ class Rotation:
         own = started_by(env.system.entries(), env.running.root_hash)
         brought = addition.parse(change.addition) if change.addition else None
         foreseen = own and env.system.foresee(own.path, brought)
-        if not foreseen or self._change(change.version, foreseen, change.addition).pcr7 != change.pcr7:
+        if not foreseen or (_hex(foreseen), _digest(foreseen.db)) != (change.pcr7, change.db):
             raise Refused(LAYER, "what PCR 7 will hold is no longer what the volumes were sealed to")
         return False
 
@@ -166,6 +165,11 @@ def status(change: KeyChange | None) -> str:
         return ""
     words = f"{change.subject} ({change.version}): {change.stage}"
     return f"{words}: {change.reason}" if change.reason else words
+
+
+def _hex(foreseen: Foreseen) -> tuple[str, str]:
+    now, following = foreseen.pcr7
+    return now.hex(), following.hex()
 
 
 def _digest(content: bytes) -> str:
