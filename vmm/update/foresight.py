@@ -29,14 +29,13 @@ _DB = UUID(firmware.IMAGE_SECURITY).bytes_le, "db"
 
 @dataclass(frozen=True)
 class Measured:
-    """PCR 7 of this start: its events, db as it was measured, and the certificates (DER) that vouched, in order."""
+    """The events of PCR 7 in this start, which are known to add up to what it holds."""
 
     events: tuple[Event, ...]
-    db: bytes
-    vouched: tuple[bytes, ...]
 
     def foresee(self, db: bytes, entry: bytes, *, loader: bytes, uki: bytes) -> bytes:
-        """What PCR 7 will hold when the content of db is ``db``, and an entry of it vouches for the UKI.
+        """What PCR 7 will hold when the content of db is ``db``, whatever it was in this start, and an entry of it
+        vouches for the UKI.
 
         Arguments: ``entry`` is owner and certificate; ``loader`` and ``uki`` are the certificates that vouch for boot
         loader and UKI of this start.
@@ -73,10 +72,10 @@ def understand(events: Sequence[Event], value: bytes) -> Measured:
         raise Refused(LAYER, "this firmware's log does not explain what PCR 7 holds")
     if any(hashlib.sha256(event.data).digest() != event.digest for event in own if _is_db(event)):
         raise Refused(LAYER, "this firmware's log does not hold what was measured of db")
-    lists = [_variable(event.data)[2] for event in own if event.type == DRIVER_CONFIG and _is_db(event)]
-    if len(lists) != 1:
-        raise Refused(LAYER, f"this firmware's log has db {len(lists)} times")
-    return Measured(own, lists[0], tuple(filter(None, map(_certificate, own))))
+    count = sum(event.type == DRIVER_CONFIG and _is_db(event) for event in own)
+    if count != 1:
+        raise Refused(LAYER, f"this firmware's log has db {count} times")
+    return Measured(own)
 
 
 def _variable(data: bytes) -> tuple[bytes, str, bytes]:
