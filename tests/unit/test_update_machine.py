@@ -7,7 +7,7 @@ import os
 import shutil
 import struct
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from mmap import mmap
@@ -74,6 +74,7 @@ class Machine:
     firmware_appends: Callable[[bytes], bytes] = lambda content: content
     other_signer: bytes = b""
     sealed: set[bytes] = field(default_factory=set)
+    rooms: list[tuple[tuple[bytes, ...], tuple[bytes, ...]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.linux = self.folder / "efi/EFI/Linux"
@@ -171,6 +172,9 @@ class Machine:
 
     def unsealed(self, pcr7: Iterable[bytes]) -> list[str]:
         return [] if set(pcr7) <= self.sealed else ["data", "audit"]
+
+    def make_room(self, coming: Sequence[bytes], former: Sequence[bytes]) -> None:
+        self.rooms.append((tuple(coming), tuple(former)))
 
     def db(self) -> bytes:
         return self.db_

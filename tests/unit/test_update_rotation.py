@@ -106,6 +106,23 @@ def test_a_release_for_hosts_that_have_the_key(announced: World) -> None:
     assert stage(world) == "done" and not world.env.ahead.exists()
 
 
+def test_room_is_made_of_what_the_change_before_left(announced: World) -> None:
+    """What volumes were sealed to before that can hold no more."""
+    world = announced
+    install(world)
+    start(world, "1.2.0")
+    world.work.bless()
+    first = world.machine.rooms[0]
+    assert first[1] == () and len(world.machine.rooms) == 1
+    world.machine.other_signer = certificate("theirs")
+    world.repository.add("1.3.0")
+    world.offer()
+    download(world)
+    with pytest.raises(Refused, match="would not open"):
+        apply(world)
+    assert world.machine.rooms[1] == ((digest(certificate("theirs")),) * 2, first[0])
+
+
 def test_a_signer_that_the_volumes_do_not_know(world: World) -> None:
     """Nothing is written; the next start seals, and then the release is taken."""
     world.work.settle()

@@ -50,12 +50,12 @@ class Rotation:
         grows = _digest(foreseen.db) != _digest(self._env.system.db())
         if not lacking and not grows:
             return None
-        change = self._change(release.version, foreseen, release.db_append if grows else b"")
+        change, known = self._change(release.version, foreseen, release.db_append if grows else b""), self.pending
+        if brought is None and known is not None and known.addition:
+            raise Refused(LAYER, f"the change that {known.version} began has to end first", hint=known.reason)
+        self._make_room(foreseen)
         if brought is not None:
             return change
-        pending = self.pending
-        if pending is not None and pending.addition:
-            raise Refused(LAYER, f"the change that {pending.version} began has to end first", hint=pending.reason)
         # The key is in db already, since the installation or by another's hand: only the seals are missing.
         self.leave(change)
         self._env.store.change(keys=change)
@@ -64,6 +64,11 @@ class Rotation:
             f"the volumes ({', '.join(lacking)}) would not open for a system that {change.subject} vouches for",
             hint="Restart the host, which seals them for such systems, too; then apply again.",
         )
+
+    def _make_room(self, foreseen: Foreseen) -> None:
+        last = self._env.store.state.keys
+        former = [bytes.fromhex(value) for value in last.pcr7] if last is not None and last.stage == "done" else []
+        self._env.system.make_room(foreseen.pcr7, former)
 
     def _change(self, version: str, foreseen: Foreseen, payload: bytes) -> KeyChange:
         subject = signer.subject(foreseen.certificate)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from mmap import mmap
 from pathlib import Path
@@ -77,6 +77,14 @@ class System(Protocol):
 
     def unsealed(self, pcr7: Iterable[bytes]) -> list[str]:
         """The volumes that would stay closed under one of these values of PCR 7 (seals.py). Raises: as renew_seals."""
+        ...
+
+    def make_room(self, coming: Sequence[bytes], former: Sequence[bytes]) -> None:
+        """See that the volumes can be sealed to these values of PCR 7, too (seals.py).
+
+        Arguments: ``former`` are all that a former change left possible; the others' seals go if PCR 7 is one of them.
+        Raises: as renew_seals.
+        """
         ...
 
     def foresee(self, uki: Path, addition: Addition | None) -> Foreseen | None:
@@ -206,6 +214,11 @@ class HostSystem:
     def unsealed(self, pcr7: Iterable[bytes]) -> list[str]:
         """See System."""
         return seals.unsealed(pcr7, self._root)
+
+    def make_room(self, coming: Sequence[bytes], former: Sequence[bytes]) -> None:
+        """See System."""
+        proven = bool(former) and trusted.pcr7(self._root) in former
+        seals.make_room(coming, (*coming, *former) if proven else (), self._root)
 
     def foresee(self, uki: Path, addition: Addition | None) -> Foreseen | None:
         """See System."""

@@ -50,21 +50,24 @@ def foresee(root: Path, running: Path, uki: Path, addition: Addition | None) -> 
         return None
     if not present or not coming:
         raise Refused(LAYER, "no certificate of db vouches for both the running UKI and the new one")
-    measured = foresight.understand(
-        eventlog.read(root / _LOG), eventlog.register(foresight.REGISTER, root / _REGISTERS)
-    )
+    measured = foresight.understand(eventlog.read(root / _LOG), pcr7(root))
     loader = signer.certificate(root / _LOADER, entries)
 
     def value(content: bytes, certificate: bytes) -> bytes:
         return measured.foresee(content, _entries(content)[certificate], loader=loader, uki=present)
 
     if addition is None:
-        return Foreseen((value(db, coming), value(db, coming)), db, coming)
+        return Foreseen((value(db, present), value(db, coming)), db, coming)
     if present != coming:
         raise Refused(LAYER, "a release that announces a key must be signed by the same one as the running system")
     check_signed(addition, _entries(firmware.variable(efivars / firmware.KEK)))
     after = db if addition.certificate in entries else db + addition.list
     return Foreseen((value(after, present), value(after, addition.certificate)), after, addition.certificate)
+
+
+def pcr7(root: Path) -> bytes:
+    """What PCR 7 holds. Raises: Refused."""
+    return eventlog.register(foresight.REGISTER, root / _REGISTERS)
 
 
 def _entries(content: bytes) -> dict[bytes, bytes]:
