@@ -12,12 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmm.paths import ROOT
 from vmm.update.errors import Refused
 
 LAYER = "TPM event log"
-LOG = ROOT / "sys/kernel/security/tpm0/binary_bios_measurements"
-REGISTERS = ROOT / "sys/class/tpm/tpm0/pcr-sha256"
 
 NO_ACTION = 0x3
 """The type of events that say something and measure nothing."""
@@ -40,8 +37,8 @@ class Event:
     data: bytes
 
 
-def read(path: Path = LOG) -> list[Event]:
-    """The log of this start. Raises: Refused."""
+def read(path: Path) -> list[Event]:
+    """The log of this start, as Linux shows it. Raises: Refused."""
     try:
         with path.open("rb") as file:
             content = file.read(_MOST + 1)
@@ -102,8 +99,8 @@ def replay(events: Iterable[Event], register: int) -> bytes:
     return value
 
 
-def register(number: int, folder: Path = REGISTERS) -> bytes:
-    """What a register's SHA-256 bank holds now. Raises: Refused."""
+def register(number: int, folder: Path) -> bytes:
+    """What a register holds now. Arguments: ``folder`` has the SHA-256 bank in files. Raises: Refused."""
     try:
         value = bytes.fromhex((folder / str(number)).read_text(encoding="ascii").strip())
     except (OSError, ValueError) as error:
