@@ -13,7 +13,8 @@ import pefile
 from signing.pcr import predict_pcr11
 from vmm.errors import die
 from vmm.process import CommandFailed, run
-from vmm.update.types import Hex256, Uuid, VersionText
+from vmm.update import addition
+from vmm.update.types import DbAppend, Hex256, Uuid, VersionText
 
 FILES = {"root": "root.raw", "verity": "verity.raw", "signature": "signature.raw", "uki": "uki.efi"}
 """The parts of a release, by the names that release.json has for them."""
@@ -31,6 +32,7 @@ class Manifest(msgspec.Struct, frozen=True):
     signature_uuid: Uuid
     pcr11: Hex256
     uki_sha256: str = ""
+    db_append: DbAppend = b""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Built:
 def open_built(folder: Path) -> Built:
     """Open a release folder.
 
-    Raises: UserError naming the file that is missing, or that is of another build than the manifest.
+    Raises: UserError naming the file that is missing, or that is of another build than the manifest; Refused when hosts
+    would refuse the certificate that it announces.
     """
     try:
         manifest = msgspec.json.decode((folder / "manifest.json").read_bytes(), type=Manifest)
@@ -56,6 +59,8 @@ def open_built(folder: Path) -> Built:
         die(f"{folder} holds no manifest.json", hint="a build leaves its release folder in build/image/release")
     except msgspec.DecodeError as error:
         die(f"{folder / 'manifest.json'}: {error}")
+    if manifest.db_append:
+        addition.parse(manifest.db_append)
     built = Built(folder, manifest)
     for name in FILES:
         path = built.part(name)

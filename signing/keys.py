@@ -35,6 +35,9 @@ PLAIN = {"pcr": "PCR policy key"}
 ROLES = tuple(name for names in KEYS_OF_ROLE.values() for name in names)
 """ECDSA P-384 keys of the update repository (TUF)."""
 
+NEXT_DB = "db-next"
+"""The certificate of the db key that releases to come are signed with; its private key may be elsewhere."""
+
 DEVELOPMENT = "Holdfast development"
 
 
@@ -66,6 +69,11 @@ class KeySet:
         """The private policy key before this one, while a change from it is under way: it signs releases, too."""
         key = self.key("pcr-previous")
         return key if key.exists() else None
+
+    @property
+    def enrolled(self) -> tuple[str, ...]:
+        """The certificates that a new installation's firmware trusts: of the key that signs, and of the one to come."""
+        return ("db", NEXT_DB) if self.certificate(NEXT_DB).exists() else ("db",)
 
     @property
     def root(self) -> Path:
@@ -109,8 +117,13 @@ def open_keys(folder: Path, *, release: bool) -> KeySet:
     for name in names:
         if keys.key(name).exists() and keys.key(name).stat().st_mode & 0o077:
             die(f"{keys.key(name)} can be read by others", hint=f"chmod 600 {keys.key(name)}")
+    if keys.previous_pcr is not None and NEXT_DB in keys.enrolled:
+        die(
+            f"{folder} changes the policy key (pcr-previous) and announces another db key ({NEXT_DB}) at once",
+            hint="one after the other: the release before would not open the volumes once both have changed",
+        )
     if release:
-        for name in CERTIFIED:
+        for name in (*CERTIFIED, *keys.enrolled[1:]):
             if name != "test" and DEVELOPMENT in _subject(keys.certificate(name)):
                 die(
                     f"{keys.certificate(name)} is a development certificate; a release must not be signed with it",

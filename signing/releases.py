@@ -144,6 +144,7 @@ def publish(
         signature_uuid=manifest.signature_uuid,
         pcr11=manifest.pcr11,
         parts=Parts(**parts),
+        db_append=manifest.db_append,
     )
     encoded = msgspec.json.encode(release)
     try:

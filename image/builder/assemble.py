@@ -5,6 +5,7 @@ This is the only step of the build that sees private keys; mkosi is done by then
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -48,7 +49,7 @@ def build_image(layout: Layout) -> None:
     make_disk(layout, slot, _fill_esp(layout, keys))
     (layout.release_folder / "uki.efi").unlink(missing_ok=True)
     (layout.release_folder / "uki.efi").hardlink_to(layout.uki)
-    write_manifest(layout, slot)
+    write_manifest(layout, slot, keys)
     shutil.copy2(layout.mkosi_output / "vmlinuz", layout.image / "vmlinuz")
     make_test_extension(layout, keys)
     stamp.write_text(inputs)
@@ -139,13 +140,13 @@ def _fill_esp(layout: Layout, keys: KeySet) -> Path:
     secureboot.sign(keys, _EFI / "systemd-bootx64.efi", esp / "EFI/BOOT/BOOTX64.EFI")
     shutil.copy2(layout.repository / "image/loader.conf", esp / "loader/loader.conf")
     shutil.copy2(layout.uki, esp / f"EFI/Linux/holdfast_{layout.version}.efi")
-    secureboot.write_variables(keys, esp / "loader/keys/auto")
+    secureboot.write_variables(keys, esp / "loader/keys/auto", db=keys.enrolled)
     for path in esp.rglob("*"):
         os.utime(path, (SOURCE_DATE_EPOCH, SOURCE_DATE_EPOCH))
     return esp
 
 
-def write_manifest(layout: Layout, slot: Slot) -> None:
+def write_manifest(layout: Layout, slot: Slot, keys: KeySet) -> None:
     """State what was built, beside the image and in the release folder. Raises: UserError above a limit."""
     release = layout.release_folder
     sizes = {"uki": layout.uki.stat().st_size, "root": (release / "root.raw").stat().st_size}
@@ -167,6 +168,7 @@ def write_manifest(layout: Layout, slot: Slot) -> None:
         "command_line": command_line(layout, slot.root_hash),
         "pcr11": predict_pcr11(layout.uki),
         "uki_sha256": hashlib.sha256(layout.uki.read_bytes()).hexdigest(),
+        "db_append": base64.b64encode(secureboot.db_append(keys)).decode(),
         "sizes": sizes,
     }
     for manifest in (release / "manifest.json", layout.manifest):
@@ -202,5 +204,5 @@ def make_test_extension(layout: Layout, keys: KeySet) -> None:
             f"--secureboot-certificate={keys.certificate('test')}",
         ]
     )
-    secureboot.write_variables(keys, folder / "keys", db=("db", "test"))
+    secureboot.write_variables(keys, folder / "keys", db=(*keys.enrolled, "test"))
     shutil.copy2(folder / "keys/db.auth", folder / "db.auth")

@@ -86,7 +86,7 @@ def build_hollow(
     slot = make_slot(there, key_set)
     make_uki(there, key_set, root_hash or slot.root_hash, there.uki)
     (there.release_folder / "uki.efi").hardlink_to(there.uki)
-    write_manifest(there, slot)
+    write_manifest(there, slot, key_set)
     return Built(version, there.release_folder, there.build)
 
 

@@ -169,7 +169,9 @@ def test_ctrl_c_ends_the_waiting_only(api: FakeApi, capsys: Capture, monkeypatch
 def test_status_for_people(api: FakeApi, capsys: Capture) -> None:
     api.answers["/v1/update"] = (
         200,
-        STATUS | {"phase": "downloading", "version": "1.1.0", "done": 1 << 20, "total": 4 << 20, "new": 1},
+        STATUS
+        | {"phase": "downloading", "version": "1.1.0", "done": 1 << 20, "total": 4 << 20, "new": 1}
+        | {"keys": "CN=db (1.1.0): pending"},
     )
     capsys.readouterr()
     holdfast("update", "status")
@@ -178,13 +180,15 @@ def test_status_for_people(api: FakeApi, capsys: Capture) -> None:
         "Running:    1.0.0",
         "Updater:    downloading 1.1.0, 1 MiB of 4 MiB",
         "Epoch:      2; lowest allowed 1 (tpm)",
+        "Key change: CN=db (1.1.0): pending",
         "b     1.1.0    trying   2",
         "1.0.9           2026-11-30T02:00:00Z  the gate: no? probe",
     ):
         assert line in out, out
     api.answers["/v1/update"] = (200, {"running": "1.0.0", "phase": "idle"})
     holdfast("update", "status")
-    assert "SLOT" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "SLOT" not in out and "Key change" not in out
 
 
 @pytest.mark.parametrize(

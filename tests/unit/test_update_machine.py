@@ -7,7 +7,7 @@ import os
 import shutil
 import struct
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from mmap import mmap
@@ -21,6 +21,7 @@ from vmm.audit.client import Actor, Entry
 from vmm.config import gpt
 from vmm.config.devices import Device
 from vmm.update import base, esp, slots
+from vmm.update.addition import Addition
 from vmm.update.environment import Environment, How
 from vmm.update.errors import Refused
 from vmm.update.esp import BootEntry
@@ -31,6 +32,7 @@ from vmm.update.records import Caller, Recorder
 from vmm.update.source import DirectorySource
 from vmm.update.state import Store
 from vmm.update.system import Definitions
+from vmm.update.trusted import Foreseen
 from vmm.update.types import Phase
 from vmm.update.work import Work
 
@@ -68,6 +70,11 @@ class Machine:
     seals_renewed: int = 0
     seals_error: str = ""
     sticks_: list[Device] = field(default_factory=list)
+    db_: bytes = b"the firmware's db"
+    firmware_appends: Callable[[bytes], bytes] = lambda content: content
+    other_signer: bytes = b""
+    sealed: set[bytes] = field(default_factory=set)
+    rooms: list[tuple[tuple[bytes, ...], tuple[bytes, ...]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.linux = self.folder / "efi/EFI/Linux"
@@ -157,6 +164,31 @@ class Machine:
     def sticks(self) -> list[Device]:
         return self.sticks_
 
+    def foresee(self, uki: Path, addition: Addition | None) -> Foreseen | None:
+        if addition is not None:
+            after = self.db_ if addition.list in self.db_ else self.db_ + addition.list
+            return Foreseen((digest(after), digest(after + b"next")), after, addition.certificate)
+        return Foreseen((digest(self.other_signer),) * 2, self.db_, self.other_signer) if self.other_signer else None
+
+    def unsealed(self, pcr7: Iterable[bytes]) -> list[str]:
+        return [] if set(pcr7) <= self.sealed else ["data", "audit"]
+
+    def make_room(self, coming: Sequence[bytes], former: Sequence[bytes]) -> None:
+        self.rooms.append((tuple(coming), tuple(former)))
+
+    def db(self) -> bytes:
+        return self.db_
+
+    def extend_db(self, addition: Addition) -> None:
+        self.steps("db")
+        self.db_ += self.firmware_appends(addition.list)
+        self.steps("db extended")
+
+    def initrd(self, ahead: Path) -> None:
+        """What holdfast-ahead@.service does at a start."""
+        if ahead.exists():
+            self.sealed |= {bytes.fromhex(line.partition("=")[2]) for line in ahead.read_text().splitlines()}
+
     def check_signer(self, uki: Path) -> str:
         self.steps("signer")
         if not self.signer:
@@ -169,6 +201,10 @@ class Machine:
         path = self.folder / f"p{number}" if number else self.linux / f"holdfast_{self.running}.efi"
         with base.mapped(path, size or len(plain(self.running).parts()[part])) as content:
             yield content
+
+
+def digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
 
 
 @dataclass

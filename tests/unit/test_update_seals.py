@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -12,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from tests.unit.test_update_machine import Killed, Power, World, boot, install
-from vmm.update import gate, seals
+from vmm.update import gate, policy, seals
 from vmm.update.errors import Refused
 
 
@@ -172,3 +174,60 @@ def test_a_kill_while_the_seals_are_renewed(world: World, monkeypatch: pytest.Mo
         assert world.env.floor.read() < 2 or world.env.store.state.seals_kept or world.machine.seals_renewed
     assert after > 3 and world.machine.seals_renewed >= 1
     assert world.env.floor.read() == 2 and not world.env.store.state.seals_kept
+
+
+def test_what_a_former_change_of_keys_left_goes() -> None:
+    """Of the same policy key only, and only where what is to be kept is there."""
+    seals_ = [seals.Seal(str(n), (str(n),), key, text) for n, (key, text) in enumerate(SEALED)]
+    assert [seal.token for seal in seals.superseded(seals_, b"key", {"then", "next"})] == ["1"]
+    assert seals.superseded(seals_, b"key", {"never"}) == []
+    assert seals.superseded(seals_, b"key", set()) == []
+
+
+SEALED = ((b"old key", "before"), (b"key", "before"), (b"key", "then"), (b"key", "next"))
+
+
+def volumes(folder: Path, monkeypatch: pytest.MonkeyPatch, *policies: str) -> list[list[str]]:
+    """Two volumes with seals to these policies, and what cryptsetup is told of them from now on."""
+    told: list[list[str]] = []
+    pem = public()[1]
+    (folder / "usr/share/holdfast").mkdir(parents=True)
+    (folder / seals.POLICY_KEY).write_bytes(pem)
+    tokens = {
+        str(number): {
+            "type": "systemd-tpm2",
+            "keyslots": [str(number)],
+            "tpm2_pubkey": base64.b64encode(pem).decode(),
+            "tpm2-policy-hash": text or policy.of_seal(pem, bytes([number]) * 32),
+        }
+        for number, text in enumerate(policies)
+    }
+
+    def run(command: list[Any], **_: Any) -> Any:
+        if "luksDump" not in command:
+            told.append([str(word) for word in command])
+        return SimpleNamespace(stdout=json.dumps({"tokens": tokens}))
+
+    monkeypatch.setattr(seals, "run", run)
+    monkeypatch.setattr(seals, "_device", lambda root, volume: Path(volume))
+    return told
+
+
+def test_volumes_that_would_stay_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    volumes(tmp_path, monkeypatch, "", "ab" * 32, "")
+    assert seals.unsealed([bytes(32), b"\2" * 32], tmp_path) == []
+    assert seals.unsealed([bytes(32), b"\1" * 32], tmp_path) == ["data", "audit"]
+
+
+def test_a_header_has_no_room_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values that are sealed to already need none; what is left over of a former change makes some."""
+    told = volumes(tmp_path, monkeypatch, *("" for _ in range(4)))
+    new = [b"x" * 32, b"y" * 32]
+    seals.make_room([bytes(32), new[0]], [], tmp_path)
+    with pytest.raises(Refused, match=r"the volume data would have 6 seals, more than the 5"):
+        seals.make_room(new, [], tmp_path)
+    assert told == []
+    seals.make_room(new, [*new, b"\2" * 32, b"\3" * 32], tmp_path)
+    assert [(words[1], words[-2:]) for words in told if words[1] == "luksKillSlot"] == [
+        ("luksKillSlot", [volume, slot]) for volume in ("data", "audit") for slot in ("0", "1")
+    ]

@@ -63,6 +63,7 @@ class Status(msgspec.Struct, frozen=True):
     checked: str = ""
     slots: tuple[Slot, ...] = ()
     failed: tuple[Failed, ...] = ()
+    keys: str = ""
 
     @property
     def is_busy(self) -> bool:
@@ -291,6 +292,7 @@ def _print(raw: bytes, args: argparse.Namespace) -> None:
             ("Last error", status.error or _NONE),
             ("Last check", status.checked or "never"),
             ("Epoch", f"{status.epoch}; lowest allowed {status.floor} ({status.floor_source or _NONE})"),
+            *([("Key change", status.keys)] if status.keys else []),
         ]
     )
     _table(

@@ -45,6 +45,11 @@ class Environment:
         return self.folder / "bundle"
 
     @property
+    def ahead(self) -> Path:
+        """Where the next initrd finds what else to seal the volumes to (holdfast-ahead@.service)."""
+        return self.folder.parent / "sealed/ahead"
+
+    @property
     def staging(self) -> Staging:
         """Where a release's parts wait to be written."""
         return Staging(self.folder / "staging")

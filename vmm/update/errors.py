@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from vmm.errors import NotFound, Unavailable, UserError
 
 
@@ -34,3 +37,12 @@ class Cancelled(UserError):
 
     def __init__(self) -> None:
         super().__init__("the update was cancelled")
+
+
+@contextmanager
+def named_errors() -> Iterator[None]:
+    """An error of the operating system becomes one that names the file. Raises: Unavailable."""
+    try:
+        yield
+    except OSError as error:
+        raise Unavailable(f"{error.filename or 'the disk'}: {error.strerror or error}") from error

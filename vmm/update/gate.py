@@ -24,7 +24,7 @@ from vmm.errors import Unavailable, UserError
 from vmm.release import os_release
 from vmm.update.settle import Verdict
 from vmm.update.state import Store
-from vmm.update.types import version_key
+from vmm.update.types import Failed, version_key
 
 DEADLINE_S = 600.0
 """A host that has not proven itself by then is taken for broken. Generous: servers test their memory first."""
@@ -138,23 +138,28 @@ def _running() -> str:
 
 
 def _nothing_to_judge() -> bool:
-    """Whether no version waits, the running one is known to be good, and no old seals are left to be taken away, so
-    that the updater need not be started.
+    """Whether no version waits, the running one is known to be good, no old seals are left to be taken away, and no
+    change of keys is under way, so that the updater need not be started.
     """
     state = Store(paths.UPDATE_STATE).state
-    return state.installed is None and _running() in state.blessed and not state.seals_kept
+    settled = not state.seals_kept and (state.keys is None or state.keys.stage == "done")
+    return state.installed is None and _running() in state.blessed and settled
 
 
 def leave_notice() -> None:
-    """Tell the console of a newer version that failed here, for as long as none that is newer still has worked.
+    """Tell the console of a newer version that failed here, for as long as none that is newer still has worked, or of a
+    change of keys after which the volumes will not open.
 
     Raises: OSError.
     """
+    state = Store(paths.UPDATE_STATE).state
     try:
         running = version_key(_running())
-        failed = [f for f in Store(paths.UPDATE_STATE).state.failed if version_key(f.version) > running]
+        failed = [f for f in state.failed if version_key(f.version) > running]
     except ValueError:
         return
+    if state.keys is not None and state.keys.stage == "failed":
+        failed.append(Failed(state.keys.version, state.keys.reason, ""))
     if failed:
         atomic.write(paths.UPDATE_NOTICE, msgspec.json.encode(failed[-1]), mode=0o640)
     else:

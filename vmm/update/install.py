@@ -68,12 +68,14 @@ def install(
     running: str,
     job: Job,
     enter: Callable[[Phase], None],
+    ready: Callable[[Path], None],
     commit: Callable[[bool], None],
 ) -> Installed:
     """Run the whole sequence.
 
-    Arguments: ``running`` is the running system's root hash; ``enter`` is told of each phase; ``commit`` is called
-    with True just before the boot loader is told of the version, and with False when that did not work.
+    Arguments: ``running`` is the running system's root hash; ``enter`` is told of each phase; ``ready`` may refuse the
+    staged UKI for reasons of its own, before anything is written; ``commit`` is called with True just before the boot
+    loader is told of the version, and with False when that did not work.
     Raises: Refused; NoRoom; Cancelled; CommandFailed; OSError. The other slot is emptied when it was found wrong.
     """
     check_room(release, system, running)
@@ -81,6 +83,7 @@ def install(
     staged = staging.path(release, "uki")
     uki = check_uki(staged, release)
     vouched = system.check_signer(staged)
+    ready(staged)
     job.check()
     enter("writing")
     # A boot entry must never lead to a slot that is being overwritten.

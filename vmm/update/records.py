@@ -22,6 +22,7 @@ Type = Literal[
     "update.failed",
     "update.bless",
     "update.seals",
+    "update.keys",
     "update.import",
 ]
 Append = Callable[[Entry], int]

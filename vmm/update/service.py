@@ -13,7 +13,7 @@ import msgspec
 
 from vmm import wire
 from vmm.errors import Conflict, Forbidden, NotFound, Unavailable, UserError
-from vmm.update import slots
+from vmm.update import rotation, slots
 from vmm.update.bundle import Unpacker
 from vmm.update.calls import Check, Condemn, Download, History, Import, Leave, Nothing, Parameters, convert
 from vmm.update.environment import Environment, How
@@ -285,4 +285,5 @@ class Service:
             checked=state.checked,
             slots=found,
             failed=state.failed,
+            keys=rotation.status(state.keys),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import ssl
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from cryptography import x509
@@ -51,6 +52,16 @@ def check(uki: Path, firmware: Firmware) -> str:
         f"no certificate of the firmware's db ({len(firmware.db.certificates)}) has signed the UKI",
         hint="The firmware would refuse to start it; enrol the new certificate in db first.",
     )
+
+
+def certificate(program: Path, certificates: Iterable[bytes]) -> bytes:
+    """The first of some certificates (DER) that has signed a program, as firmware looks for it; empty if none has."""
+    return next((der for der in certificates if _verifies(program, der)), b"")
+
+
+def subject(certificate: bytes) -> str:
+    """Whose certificate (DER) it is. Raises: Refused."""
+    return _load(certificate).subject.rfc4514_string()
 
 
 def _verifies(uki: Path, der: bytes) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 from vmm import atomic
-from vmm.update.types import Failed, VersionText
+from vmm.update.types import DbAppend, Failed, Hex256, VersionText
 
 _MOST_HISTORY = 500
 _MOST_LINE = 8 << 10
@@ -34,6 +34,25 @@ class Waiting(msgspec.Struct, frozen=True):
     certain: bool = False
 
 
+class KeyChange(msgspec.Struct, frozen=True):
+    """A key that releases will be signed with, on its way into the firmware's db (rotation.py).
+
+    ``version`` is the release that asked for it, ``subject`` the certificate's; ``addition`` goes to the firmware, or
+    is empty where db holds the certificate already. ``pcr7`` are the values that volumes are to be sealed to before,
+    ``db`` is the SHA-256 of db afterwards. ``boot`` is the one in which all that was foreseen, or in which it failed;
+    ``reason`` says why the change is not done.
+    """
+
+    version: VersionText
+    subject: str
+    addition: DbAppend
+    pcr7: tuple[Hex256, Hex256]
+    db: Hex256
+    boot: str
+    stage: Literal["pending", "done", "failed"] = "pending"
+    reason: str = ""
+
+
 class State(msgspec.Struct, frozen=True):
     """``seen`` is the latest time known to be true, in seconds; ``source`` where the last import or check went,
     and where the next download goes.
@@ -51,6 +70,7 @@ class State(msgspec.Struct, frozen=True):
     failed: tuple[Failed, ...] = ()
     blessed: tuple[str, ...] = ()
     seals_kept: str = ""
+    keys: KeyChange | None = None
 
 
 class GateFailure(msgspec.Struct, frozen=True):
@@ -101,9 +121,12 @@ class Store:
         return changed
 
     def fail(self, failed: Failed, **fields: Any) -> None:
-        """Remember a version that did not work. Raises: OSError."""
+        """Remember a version that did not work, and wait no longer for the key it was to bring. Raises: OSError."""
         others = [known for known in self.state.failed if known.version != failed.version]
-        self.change(failed=(*others, failed)[-_MOST_FAILED:], **fields)
+        keys = self.state.keys
+        if keys and keys.stage == "pending" and keys.version == failed.version:
+            keys = None
+        self.change(failed=(*others, failed)[-_MOST_FAILED:], keys=keys, **fields)
 
     def bless(self, version: str, **fields: Any) -> None:
         """Remember a version that did. Raises: OSError."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from mmap import mmap
 from pathlib import Path
@@ -15,9 +15,11 @@ from vmm.config import devices, gpt
 from vmm.config.devices import Device
 from vmm.paths import ROOT
 from vmm.process import CommandFailed, run
-from vmm.update import base, esp, files, firmware, seals, signer, slots
+from vmm.update import base, esp, files, firmware, seals, signer, slots, trusted
+from vmm.update.addition import Addition
 from vmm.update.errors import Refused
 from vmm.update.esp import BootEntry
+from vmm.update.trusted import Foreseen
 
 DEFINITIONS = ROOT / "usr/share/holdfast/sysupdate"
 _SYSUPDATE = "/usr/lib/systemd/systemd-sysupdate"
@@ -71,6 +73,30 @@ class System(Protocol):
 
     def renew_seals(self) -> list[str]:
         """Take away what older policy keys could open (seals.py). Raises: Refused; CommandFailed."""
+        ...
+
+    def unsealed(self, pcr7: Iterable[bytes]) -> list[str]:
+        """The volumes that would stay closed under one of these values of PCR 7 (seals.py). Raises: as renew_seals."""
+        ...
+
+    def make_room(self, coming: Sequence[bytes], former: Sequence[bytes]) -> None:
+        """See that the volumes can be sealed to these values of PCR 7, too (seals.py).
+
+        Arguments: ``former`` are all that a former change left possible; the others' seals go if PCR 7 is one of them.
+        Raises: as renew_seals.
+        """
+        ...
+
+    def foresee(self, uki: Path, addition: Addition | None) -> Foreseen | None:
+        """What changes with a UKI, and a certificate added to db (trusted.py). Raises: Refused; CommandFailed."""
+        ...
+
+    def db(self) -> bytes:
+        """What the firmware trusts, as it stores it. Raises: Refused."""
+        ...
+
+    def extend_db(self, addition: Addition) -> None:
+        """Have the firmware trust a certificate more. Raises: OSError as the firmware refuses."""
         ...
 
     def base(self, part: str, size: int | None) -> AbstractContextManager[mmap]:
@@ -179,11 +205,32 @@ class HostSystem:
 
     def check_signer(self, uki: Path) -> str:
         """See System."""
-        return signer.check(uki, firmware.read(self._root / "sys/firmware/efi/efivars"))
+        return signer.check(uki, firmware.read(self._root / trusted.EFIVARS))
 
     def renew_seals(self) -> list[str]:
         """See System."""
         return seals.renew(self._root)
+
+    def unsealed(self, pcr7: Iterable[bytes]) -> list[str]:
+        """See System."""
+        return seals.unsealed(pcr7, self._root)
+
+    def make_room(self, coming: Sequence[bytes], former: Sequence[bytes]) -> None:
+        """See System."""
+        proven = bool(former) and trusted.pcr7(self._root) in former
+        seals.make_room(coming, (*coming, *former) if proven else (), self._root)
+
+    def foresee(self, uki: Path, addition: Addition | None) -> Foreseen | None:
+        """See System."""
+        return trusted.foresee(self._root, self._base("uki")[0], uki, addition)
+
+    def db(self) -> bytes:
+        """See System."""
+        return firmware.variable(self._root / trusted.EFIVARS / firmware.DB)
+
+    def extend_db(self, addition: Addition) -> None:
+        """See System."""
+        trusted.extend(self._root / trusted.EFIVARS / firmware.DB, addition)
 
     @contextmanager
     def base(self, part: str, size: int | None) -> Iterator[mmap]:

@@ -12,6 +12,7 @@ Hex256 = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 Hex384 = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{96}\Z")]
 Uuid = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")]
 TargetPath = Annotated[str, msgspec.Meta(pattern=r"\Aholdfast_[0-9.]{5,32}/[a-z0-9.-]{1,64}\Z")]
+DbAppend = Annotated[bytes, msgspec.Meta(max_length=16 << 10)]
 Bytes = Annotated[int, msgspec.Meta(ge=1, le=1 << 32)]
 
 MAX_WINDOW = 1 << 28
@@ -40,8 +41,12 @@ class Parts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     uki: Part
 
 
-class Release(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """release.json. ``epoch`` is the security floor it stands on; hosts below ``minimum_source`` must not take it."""
+class Release(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """release.json. ``epoch`` is the security floor it stands on; hosts below ``minimum_source`` must not take it.
+
+    ``db_append`` adds the certificate of a later release's signer to the firmware's db (addition.py); a release that
+    has none does not name the field, so that hosts which do not know it take that release, too.
+    """
 
     format: Literal[1]
     version: VersionText
@@ -53,6 +58,7 @@ class Release(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     signature_uuid: Uuid
     pcr11: Hex256
     parts: Parts
+    db_append: DbAppend = b""
 
 
 class Wave(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -102,7 +108,8 @@ class Status(msgspec.Struct, frozen=True):
     """What `holdfast update status` shows.
 
     ``phase`` with ``done`` of ``total`` bytes is what the updater does now; ``error`` is how the last job ended
-    when it failed. ``installed`` waits for a reboot; ``available`` is what the last check found.
+    when it failed. ``installed`` waits for a reboot; ``available`` is what the last check found; ``keys`` how a
+    change of the keys that the firmware trusts goes.
     """
 
     running: str
@@ -120,3 +127,4 @@ class Status(msgspec.Struct, frozen=True):
     checked: str = ""
     slots: tuple[Slot, ...] = ()
     failed: tuple[Failed, ...] = ()
+    keys: str = ""

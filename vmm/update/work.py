@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -11,10 +12,11 @@ import msgspec
 from vmm.errors import Conflict, Unavailable, UserError
 from vmm.update import choice, clock, install, slots, stick, targets, trust
 from vmm.update.environment import Enter, Environment
-from vmm.update.errors import Refused
+from vmm.update.errors import Refused, named_errors
 from vmm.update.esp import BootEntry, mark_bad, mark_good, started_by
 from vmm.update.job import Job
 from vmm.update.records import Caller, Type
+from vmm.update.rotation import Rotation
 from vmm.update.settle import Verdict, judge, newest_usable
 from vmm.update.source import DirectorySource, HttpSource, Source
 from vmm.update.staging import Origin
@@ -27,6 +29,7 @@ class Work:
 
     def __init__(self, environment: Environment) -> None:
         self._env = environment
+        self._keys = Rotation(environment)
 
     def check(
         self, job: Job, caller: Caller, enter: Enter, *, source: AskedSource | None, override_expiry: bool
@@ -88,11 +91,21 @@ class Work:
             choice.check_release(release, self._host())
             waiting = Waiting(release.version, release.epoch, release.root_hash, env.running.boot)
 
-            def commit(begun: bool) -> None:
-                env.store.change(installed=waiting if begun else None)
+            known, change = env.store.state.keys, None
 
-            done = install.install(release, env.staging, env.system, env.running.root_hash, job, enter, commit)
+            def ready(uki: Path) -> None:
+                nonlocal change
+                change = self._keys.prepare(release, uki)
+
+            def commit(begun: bool) -> None:
+                if begun and change is not None:
+                    self._keys.leave(change)
+                env.store.change(installed=waiting if begun else None, keys=change if begun and change else known)
+
+            done = install.install(release, env.staging, env.system, env.running.root_hash, job, enter, ready, commit)
             env.store.change(installed=msgspec.structs.replace(waiting, certain=True))
+            if change is not None:
+                extra["key"] = change.subject
             extra |= {"slot": done.slot, "signer": done.signer, "boot_entry": done.uki.name}
             env.staging.clear()
 
@@ -114,6 +127,7 @@ class Work:
                 installed=None if waiting and waiting.version == newest.version else waiting,
             )
             mark_bad(newest)
+            self._keys.tidy()
 
     def settle(self) -> Verdict:
         """Judge the boot, once it can be judged; a second call finds nothing to do but to try the seals again.
@@ -122,7 +136,7 @@ class Work:
         """
         env = self._env
         run = env.running
-        with _named_errors():
+        with named_errors():
             waiting = env.store.state.installed
             gate = env.store.gate_failure(waiting.version) if waiting else ""
             entries = env.system.entries()
@@ -137,12 +151,14 @@ class Work:
                 env.recorder.event(
                     "update.failed", verdict.version, failed=True, reason="interrupted before it could start", extra={}
                 )
-                env.store.change(installed=None)
+                keys = self._keys.pending
+                env.store.change(installed=None, keys=None if keys and keys.version == verdict.version else keys)
+            self._keys.go_on()
         return verdict
 
     def bless(self) -> Verdict:
         """The running version has passed its gate: it is kept, and the floor rises to its epoch. Raises: UserError."""
-        with _named_errors():
+        with named_errors():
             own = self._own_entry()
             if own is not None and not own.blessed:
                 mark_good(own)
@@ -151,7 +167,7 @@ class Work:
     def condemn(self, reason: str) -> Verdict:
         """The running version has failed its gate: it gets no further try. Raises: UserError."""
         env = self._env
-        with _named_errors():
+        with named_errors():
             env.store.note_gate_failure(env.running.version, reason, clock.rfc3339(env.now()))
             own = self._own_entry()
             if own is None or own.blessed:
@@ -168,7 +184,7 @@ class Work:
     def _renew_seals(self) -> tuple[list[str], str]:
         """What was taken away, or why nothing was: a seal that stays is no reason not to raise the floor."""
         try:
-            with _named_errors():
+            with named_errors():
                 return self._env.system.renew_seals(), ""
         except UserError as error:
             return [], error.message
@@ -213,7 +229,7 @@ class Work:
     def _import_stick(self, job: Job, caller: Caller) -> None:
         """Take the bundle on the stick that is plugged in, as one that was uploaded. Raises: UserError."""
         env = self._env
-        with _named_errors():
+        with named_errors():
             found = stick.only(env.system.sticks())
         with self._recorded("update.import", job, caller, {"device": found.name}) as extra:
             extra["bytes"] = stick.take(found, env.bundle, job)
@@ -309,7 +325,7 @@ class Work:
         found = dict(extra)
         failure: UserError | None = None
         try:
-            with _named_errors():
+            with named_errors():
                 yield found
         except UserError as error:
             failure = error
@@ -327,15 +343,6 @@ class Work:
 def type_name(error: Exception) -> str:
     """What an unexpected error is called in a record."""
     return type(error).__name__
-
-
-@contextmanager
-def _named_errors() -> Iterator[None]:
-    """An error of the operating system becomes one that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise Unavailable(f"{error.filename or 'the disk'}: {error.strerror or error}") from error
 
 
 def _loader(source: Source, trusted: trust.Trusted) -> Callable[[targets.Target], bytes]:
