@@ -11,8 +11,7 @@ from tests.harness import releases
 from tests.harness.checkpoint import Checkpoint
 from tests.harness.image import Files
 from tests.harness.publishing import Publisher
-from tests.harness.repository import RepositoryServer
-from tests.harness.seed import REPOSITORY, Identity
+from tests.harness.seed import Identity
 from tests.harness.updates import Updates
 
 RUNNING = Path("build/image/release")
@@ -34,7 +33,7 @@ def staged(booted: Checkpoint, admin: Identity, release: releases.Built) -> Chec
         with booted.host(unfinished) as host:
             host.agent.set_clock()
             updates = Updates(host, admin)
-            with RepositoryServer(publisher.folder, host.repository_socket, REPOSITORY):
+            with host.serve(publisher.folder):
                 updates.do("check")
                 updates.do("download")
             host.suspend(unfinished / "memory")
