@@ -42,7 +42,7 @@ _CALLS = {
 }
 
 MOST_LINES = 400
-_LEAF = {"errors", "process", "wire", "paths", "notify", "atomic", "release"}
+_LEAF = {"errors", "process", "wire", "paths", "notify", "atomic", "clock", "release"}
 
 
 def committed() -> Iterator[Path]:
