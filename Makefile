@@ -4,6 +4,8 @@ export PYTHONDONTWRITEBYTECODE := 1
 
 BUILDER := python3 -m image.builder
 TOOLS   := $(BUILDER) tools
+# Tests start hundreds of Pythons; one that compiles all it imports is slow. Beside the sources no byte code may lie.
+CACHED  := env -u PYTHONDONTWRITEBYTECODE PYTHONPYCACHEPREFIX=$(CURDIR)/build/pycache
 RUFF    := build/venv/bin/ruff
 GUESTS  := build/test/guests/linux.raw
 
@@ -31,7 +33,7 @@ test-all: test-unit ## the same with those that take long: all attacks, more res
 	@$(MAKE) --no-print-directory test-host LONG=1
 
 test-unit: ## tests that need no image
-	@$(TOOLS) python3 -m pytest tests/unit -q -n 4 $(if $(T),-k '$(T)')
+	@$(TOOLS) $(CACHED) python3 -m pytest tests/unit -q -n 4 $(if $(T),-k '$(T)')
 
 test-host: image $(GUESTS) ## tests on the booted image; the first one makes the checkpoint
 	@$(TOOLS) python3 -m pytest tests/host -q --durations=10 $(if $(T),-k '$(T)',$(if $(LONG),,-m 'not long'))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -217,6 +218,7 @@ def _prune(args: argparse.Namespace) -> None:
 # -- the parser ------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = argparse.ArgumentParser(

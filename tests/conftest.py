@@ -61,8 +61,9 @@ class Recorder:
                 nodeid=name,
                 outcome=outcome,
                 duration=round(self._durations[name], 3),
-                sfr=self._properties[name]["sfr"],
-                markers=self._properties[name]["markers"],
+                # A test whose process crashed has none.
+                sfr=self._properties[name].get("sfr", []),
+                markers=self._properties[name].get("markers", []),
             )
             for name, outcome in self._outcomes.items()
         ]

@@ -23,6 +23,7 @@ import msgspec
 from vmm.errors import Conflict, Forbidden, NotFound, Unavailable, UserError
 
 MAX_FRAME = 1 << 20
+_LINGER_S = 2.0
 HEADER = struct.Struct(">cI")
 
 
@@ -126,6 +127,18 @@ class Channel:
             raise error_of(msgspec.json.decode(payload, type=Problem))
         raise ProtocolError(f"expected a result, got {kind.name}")
 
+    async def linger(self) -> None:
+        """Take in what the other end still sends, until it has the answer and closes, for two seconds at most.
+
+        Were the connection closed under its hands, its next write would fail and lose it the answer.
+        """
+        try:
+            async with asyncio.timeout(_LINGER_S):
+                while await self._reader.read(MAX_FRAME):
+                    pass
+        except (TimeoutError, ConnectionError):
+            pass
+
     async def close(self) -> None:
         """Close the connection; never raises for a peer that is already gone."""
         self._writer.close()
@@ -215,6 +228,7 @@ async def answer(channel: Channel, handler: Handler) -> None:
                 {"message": f"the call {request.method} failed", "exception": error}
             )
             await _send_problem(channel, Problem("internal", 500, "an internal error; the journal has its trace"))
+        await channel.linger()
 
 
 async def serve(path: Path, handler: Handler, *, mode: int = 0o660) -> asyncio.Server:

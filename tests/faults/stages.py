@@ -6,7 +6,6 @@ import hashlib
 import random
 import shutil
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from tests.harness.host import Host
 from tests.harness.image import Files
 from tests.harness.publishing import Publisher
 from tests.harness.repository import RepositoryServer
-from tests.harness.seed import REPOSITORY, Identity
+from tests.harness.seed import Identity
 from tests.harness.updates import Updates
 
 RUNNING = Path("build/image/release")
@@ -58,9 +57,9 @@ class Update:
             shutil.copytree(publisher.folder, folder / "repository")
         return folder
 
-    def serve(self, host: Host) -> AbstractContextManager[RepositoryServer]:
+    def serve(self, host: Host) -> RepositoryServer:
         """The server that has the release, for a host that is on."""
-        return RepositoryServer(self._store() / "repository", host.repository_socket, REPOSITORY)
+        return host.serve(self._store() / "repository")
 
     def damage(self, host: Host) -> str:
         """Whether a volume that was written before the update is what it was; "" if so."""

@@ -19,7 +19,8 @@ from tests.harness.image import Files, flatten
 from tests.harness.link import Link
 from tests.harness.machine import Hardware, Sockets, qemu_command, stick_node
 from tests.harness.qmp import Qmp, QmpError
-from tests.harness.seed import Identity
+from tests.harness.repository import RepositoryServer
+from tests.harness.seed import REPOSITORY, Identity
 from tests.harness.stream import Console, connect_console
 from tests.harness.tpm import Tpm
 from tests.harness.waiting import poll
@@ -174,6 +175,10 @@ class Host:
     def repository_socket(self) -> Path:
         """Where a RepositoryServer must listen for the host to find it."""
         return self._sockets.repository
+
+    def serve(self, repository: Path) -> RepositoryServer:
+        """The web server that the host's configuration names, for a folder; use it as a context manager."""
+        return RepositoryServer(repository, self.repository_socket, REPOSITORY)
 
     # -- faults --------------------------------------------------------------------------------------------------
 

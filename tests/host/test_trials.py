@@ -15,8 +15,7 @@ from tests.harness.checkpoint import Checkpoint
 from tests.harness.host import Host
 from tests.harness.image import Image
 from tests.harness.publishing import Publisher
-from tests.harness.repository import RepositoryServer
-from tests.harness.seed import REPOSITORY, Identity
+from tests.harness.seed import Identity
 from tests.harness.updates import Updates, slot
 
 
@@ -128,7 +127,7 @@ def test_versions_that_do_not_get_far_are_left_by_themselves(
     with host:
         host.agent.set_clock()
         updates = Updates(host, clients["admin"])
-        with RepositoryServer(publisher.folder, host.repository_socket, REPOSITORY):
+        with host.serve(publisher.folder):
             updates.do("check")
             updates.do("download")
         assert slot(updates.do("apply"), "b")["tries"] == 3
@@ -151,7 +150,7 @@ def test_versions_that_do_not_get_far_are_left_by_themselves(
         assert (record["outcome"], record["reason"], record["object"]["id"]) == ("failure", failed["reason"], "0.1.3")
         host.serial.expect("UPDATE FAILED: 0.1.3: it did not reach its health gate")
         with (
-            RepositoryServer(publisher.folder, host.repository_socket, REPOSITORY),
+            host.serve(publisher.folder),
             pytest.raises(ApiError, match="failed here before"),
         ):
             updates.do("download")

@@ -19,7 +19,7 @@ from tests.harness.host import Host
 from tests.harness.image import Image
 from tests.harness.publishing import Publisher
 from tests.harness.repository import RepositoryServer
-from tests.harness.seed import REPOSITORY, Identity
+from tests.harness.seed import Identity
 from tests.harness.updates import Updates, slot
 from tests.harness.waiting import poll
 from tests.host.conftest import RUNNING, Guests
@@ -32,7 +32,7 @@ PAYLOAD_SHARE = 0.15
 @pytest.fixture
 def server(host: Host, offered: Publisher) -> Iterator[RepositoryServer]:
     """The web server that the host's configuration names, offering the next release."""
-    with RepositoryServer(offered.folder, host.repository_socket, REPOSITORY) as running:
+    with host.serve(offered.folder) as running:
         yield running
 
 
@@ -114,7 +114,7 @@ def test_a_release_whose_service_does_not_start_goes_back_with_the_reason(
     """One trial, then the version before by itself; the reason is on record, and it is not taken again unless told."""
     bad = Publisher(releases.FOLDER / "bad")
     bad.publish(without_core.folder)
-    with RepositoryServer(bad.folder, host.repository_socket, REPOSITORY):
+    with host.serve(bad.folder):
         updates.do("check")
         updates.do("download")
         updates.do("apply")
@@ -180,7 +180,7 @@ def test_after_a_higher_epoch_an_older_signed_system_does_not_get_at_the_volumes
     made = Publisher(releases.FOLDER / "epochs")
     made.publish(RUNNING)
     made.publish(next_epoch.folder)
-    with RepositoryServer(made.folder, host.repository_socket, REPOSITORY):
+    with host.serve(made.folder):
         updates.take()
     status = updates.settled()
     assert (status["running"], status["epoch"], status["floor"]) == ("0.2.0", 2, 2)

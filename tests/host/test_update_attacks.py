@@ -15,9 +15,7 @@ from tests.harness.attacks import ATTACKS, OFFERED, SAMPLE, Attack, honest
 from tests.harness.forging import Forgery
 from tests.harness.host import Host
 from tests.harness.publishing import Publisher
-from tests.harness.repository import RepositoryServer
 from tests.harness.revoking import Revocations
-from tests.harness.seed import REPOSITORY
 from tests.harness.updates import Updates, slot
 from tests.host.conftest import RUNNING
 
@@ -55,11 +53,6 @@ while not result and time.monotonic() < deadline:
 """
 
 
-def serving(host: Host, folder: Path) -> RepositoryServer:
-    """The web server that the host's configuration names."""
-    return RepositoryServer(folder, host.repository_socket, REPOSITORY)
-
-
 def written(updates: Updates) -> Any:
     """All that an update changes on the disk: both slots, and the boot entries."""
     return updates.status()["slots"], esp.entries(updates.host.agent)
@@ -78,15 +71,15 @@ def test_a_hostile_repository_is_refused_by_a_named_layer(
     """
     older, good = honest(repositories / "origin", repositories)
     before = written(updates)
-    with serving(host, good.folder):
+    with host.serve(good.folder):
         assert updates.do("check")["available"] == OFFERED
-    with serving(host, older):
+    with host.serve(older):
         updates.refused("check", "TUF timestamp: rolled back")
     for attack in attacks:
         print(f"attack: {attack.name}")
         forged = Forgery(good.folder, repositories / "forged")
         attack.change(forged)
-        with serving(host, forged.folder) as server:
+        with host.serve(forged.folder) as server:
             server.endless = attack.endless
             updates.refused(attack.job, f"{attack.layer}: .*({attack.says})", **attack.arguments)
     status = updates.status()
@@ -98,7 +91,7 @@ def test_a_hostile_repository_is_refused_by_a_named_layer(
         *((f"update.{attack.job}", attack.layer) for attack in attacks),
     ]
     assert all(reason.startswith(f"{layer}: ") for _, layer, reason in refusals)
-    with serving(host, good.folder):
+    with host.serve(good.folder):
         assert updates.do("check")["available"] == OFFERED
         assert updates.do("download")["staged"] == OFFERED
 
@@ -116,14 +109,14 @@ def test_no_epoch_below_the_floor_is_taken(updates: Updates, host: Host, reposit
     new = Forgery(old.folder, repositories / "new")
     new.release("0.2.0", epoch=2)
     new.publish()
-    with serving(host, new.folder):
+    with host.serve(new.folder):
         assert updates.do("check")["available"] == "0.2.0"
         host.agent.python(_RAISE, 2)
         assert (updates.status()["floor"], updates.status()["floor_source"]) == (2, "tpm")
         updates.refused("download", "epoch floor: 0.1.9 has epoch 1, below the floor of 2", version="0.1.9")
 
     before = written(updates)
-    with serving(host, old.folder):
+    with host.serve(old.folder):
         updates.refused("check", "TUF timestamp: rolled back")
         host.agent.exec(["systemctl", "stop", "holdfast-update.service"])
         assert host.agent.python(_EMPTY) == []
@@ -142,7 +135,7 @@ def test_no_epoch_below_the_floor_is_taken(updates: Updates, host: Host, reposit
         ("update.download", "epoch floor"),
         ("update.rollback", "epoch floor"),
     ]
-    with serving(host, new.folder):
+    with host.serve(new.folder):
         assert updates.do("check")["available"] == "0.2.0"
         assert updates.do("download")["staged"] == "0.2.0"
 
@@ -165,7 +158,7 @@ def test_what_is_not_what_was_signed_gets_no_boot_entry(
     forged = Forgery(offered.folder, repositories / "forged")
     forged.other_root("0.1.1", altered, RUNNING / "root.raw", "0.1.0")
     forged.publish()
-    with serving(host, forged.folder):
+    with host.serve(forged.folder):
         assert updates.do("check")["available"] == "0.1.1"
         assert updates.do("download")["staged"] == "0.1.1"
     updates.refused("apply", "read-back: .* is not what root hash")
@@ -175,7 +168,7 @@ def test_what_is_not_what_was_signed_gets_no_boot_entry(
     good = Forgery(offered.folder, repositories / "good")
     for _ in range(2):
         good.publish()
-    with serving(host, good.folder):
+    with host.serve(good.folder):
         assert updates.do("download")["staged"] == "0.1.1"
     revocations = Revocations(host.agent)
     revocations.certificate("db")

@@ -53,7 +53,7 @@ def test_no_room_is_said_with_figures_before_anything_is_fetched(
     good.release(OFFERED)
     good.release(LARGE, channel=OTHER_CHANNEL, stated={"root": 2 << 30})
     good.publish()
-    with RepositoryServer(good.folder, host.repository_socket, REPOSITORY) as server:
+    with host.serve(good.folder) as server:
         assert updates.do("check")["available"] == OFFERED
         updates.refused("download", f"the partition root of the other slot: {_FIGURES}", version=LARGE)
         with full(host.agent, 32 * MIB):
@@ -84,13 +84,13 @@ def test_a_download_outlives_its_server(updates: Updates, host: Host, repositori
     good.publish()
     whole = good.stored(f"holdfast_{OFFERED}/root.zst").stat().st_size
     quarter = whole // 4
-    with RepositoryServer(good.folder, host.repository_socket, REPOSITORY) as server:
+    with host.serve(good.folder) as server:
         assert updates.do("check")["available"] == OFFERED
         server.break_after = quarter
         updates.refused("download", "the repository at 10.0.2.100 cannot be read")
     updates.refused("download", "the repository at 10.0.2.100 (cannot be read|did not answer)")
 
-    with RepositoryServer(good.folder, host.repository_socket, REPOSITORY) as server:
+    with host.serve(good.folder) as server:
         server.stall_after = quarter
         updates.api.call("POST", "/v1/update/download", {}, seconds=120)
         seconds = 60 * host.acceleration.scale

@@ -17,8 +17,6 @@ from tests.harness import releases
 from tests.harness.host import Host
 from tests.harness.image import Image
 from tests.harness.publishing import Publisher
-from tests.harness.repository import RepositoryServer
-from tests.harness.seed import REPOSITORY
 from tests.harness.updates import Updates, slot
 from tests.host.conftest import RUNNING
 
@@ -85,7 +83,7 @@ def test_releases_of_another_db_key_are_taken_once_it_was_announced(
     made = Publisher(releases.FOLDER / "key-change")
     for folder in (RUNNING, announcing.folder, changed.folder):
         made.publish(folder)
-    with RepositoryServer(made.folder, host.repository_socket, REPOSITORY):
+    with host.serve(made.folder):
         updates.do("download", version="0.2.0")
         updates.refused("apply", "UKI signer: no certificate of the firmware's db")
         assert _look(host) == before

@@ -7,12 +7,32 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from securesystemslib.signer import Signature, SSlibKey
 
 from tests.unit.test_cli_rig import FakeApi, enrolled, fake_api, holdfast
 from tests.unit.test_core_rig import Rig
 from tests.unit.test_update_machine import World, make_world
 
 _LONGEST_ID = 60
+
+
+@pytest.fixture(scope="session", autouse=True)
+def verified_once() -> Iterator[None]:
+    """Have each good signature of TUF metadata verified once: P-384 is slow, and every step verifies all there is.
+
+    What is remembered is all that the answer depends on; what does not verify never is.
+    """
+    verify, good = SSlibKey.verify_signature, set()
+
+    def once(key: SSlibKey, signature: Signature, data: bytes) -> None:
+        case = (key.keyid, key.keytype, key.scheme, key.keyval["public"], signature.keyid, signature.signature, data)
+        if case not in good:
+            verify(key, signature, data)
+            good.add(case)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SSlibKey, "verify_signature", once)
+        yield
 
 
 @pytest.fixture

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -151,17 +151,21 @@ def test_a_job_that_fails(api: FakeApi, capsys: Capture) -> None:
 def test_ctrl_c_ends_the_waiting_only(api: FakeApi, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(updates, "_POLL_S", 30)
     api.answers["/v1/update/download"] = (202, STATUS | {"phase": "downloading"})
+    sleep = asyncio.sleep
 
-    def interrupt() -> None:
-        while not api.seen:
-            pass
-        os.kill(os.getpid(), signal.SIGINT)
+    async def interrupted(seconds: float) -> None:
+        if seconds == updates._POLL_S:
+            os.kill(os.getpid(), signal.SIGINT)
+        await sleep(seconds)
 
-    thread = threading.Timer(0.2, interrupt)
-    thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        holdfast("update", "download")
-    thread.join()
+    monkeypatch.setattr(asyncio, "sleep", interrupted)
+    # Shells start what runs in their background with it ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            holdfast("update", "download")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "the job goes on" in capsys.readouterr().err
     assert api.paths() == ["POST /v1/update/download"]
 

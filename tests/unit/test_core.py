@@ -185,7 +185,7 @@ def test_what_stopping_cuts_short_is_recorded(tmp_path: Path) -> None:
             call = asyncio.create_task(core.call("machine.stop", name="web"))
             console = await core.open("machine.console", name="web")
             await console.receive()
-            await asyncio.sleep(0.05)
+            await core.rig.hypervisor.pressed.wait()
             await core.dispatcher.close(0.05)
             ended = {entry.type: entry for entry in core.audit.entries if entry.phase == "outcome"}
             for method in ("machine.stop", "machine.console"):

@@ -14,6 +14,7 @@ import pytest
 
 from tests.unit.test_core_rig import Core, running
 from vmm import wire
+from vmm.audit.client import Entry
 from vmm.core.db import VERSION, Database
 from vmm.core.permissions import MATRIX
 from vmm.core.updates import UpdateClient
@@ -120,16 +121,18 @@ def test_a_job_is_told_to_run_until_it_has_ended(tmp_path: Path) -> None:
 
     async def begin() -> None:
         async with running(tmp_path) as core:
-            core.updater.delays = {"apply": 0.3}
+            end = core.updater.gates["apply"] = asyncio.Event()
             assert (await core.call("update.apply"))["phase"] == "writing"
             assert (await core.call("update.status"))["phase"] == "writing"
             core.updater.status = msgspec.structs.replace(IDLE, phase="verifying")
             assert (await core.call("update.status"))["phase"] == "verifying"
             with pytest.raises(Conflict, match="the updater is writing"):
                 await core.call("host.reboot")
-            await asyncio.sleep(0.3)
             core.updater.status = msgspec.structs.replace(IDLE, phase="installed", installed="1.1.0")
-            assert (await core.call("update.status"))["phase"] == "installed"
+            end.set()
+            async with asyncio.timeout(5):
+                while (await core.call("update.status"))["phase"] != "installed":
+                    await asyncio.sleep(0.01)
 
     asyncio.run(begin())
 
@@ -207,11 +210,16 @@ def test_guests_start_again_when_the_restart_fails(tmp_path: Path) -> None:
             core.updater.refusals["reboot"] = Unavailable("no way")
             with pytest.raises(Unavailable, match="no way"):
                 await core.call("host.reboot")
+
+            def started() -> list[Entry]:
+                return [entry for entry in core.audit.entries if entry.type == "machine.start"][2:]
+
             async with asyncio.timeout(5):
-                while core.rig.hypervisor.domains == {} or await core.rig.machines.to_resume():
+                # The outcome is recorded last, when the domain runs already.
+                while len(started()) < 2:
                     await asyncio.sleep(0.01)
-            started = [entry for entry in core.audit.entries if entry.type == "machine.start"][2:]
-            assert [(entry.actor.id, entry.actor.role) for entry in started] == [("holdfast", "system")] * 2
+            assert core.rig.hypervisor.domains and not await core.rig.machines.to_resume()
+            assert [(entry.actor.id, entry.actor.role) for entry in started()] == [("holdfast", "system")] * 2
 
     asyncio.run(restart())
 

@@ -80,6 +80,7 @@ class FakeHypervisor:
         self.delay = 0.0
         self.restored: list[str] = []
         self.mishaps: dict[str, BaseException] = {}
+        self.pressed = asyncio.Event()
         self.most_at_once = self._at_once = 0
         self._listeners: list[Listener] = []
 
@@ -118,6 +119,7 @@ class FakeHypervisor:
 
     async def shutdown(self, uuid: UUID) -> None:
         self._get(uuid)
+        self.pressed.set()
         if self.polite:
             asyncio.get_running_loop().call_later(0.01, self.ends, uuid)
 
@@ -213,13 +215,14 @@ class FakeAudit:
 
 
 class FakeUpdater:
-    """An updater that remembers calls and answers with ``status``; ``refusals`` are the answers of some methods."""
+    """An updater that remembers calls and answers with ``status``; ``refusals`` are the answers of some methods,
+    and ``gates`` what others wait for."""
 
     def __init__(self) -> None:
         self.status = Status("1.0.0", 1, 1, "tpm", "idle")
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.refusals: dict[str, UserError] = {}
-        self.delays: dict[str, float] = {}
+        self.gates: dict[str, asyncio.Event] = {}
         self.bundle = b""
 
     async def handle(self, request: wire.Request, channel: wire.Channel) -> Any:
@@ -228,7 +231,8 @@ class FakeUpdater:
             raise self.refusals[request.method]
         if request.method == "import":
             self.bundle = b"".join([chunk async for chunk in channel.data()])
-        await asyncio.sleep(self.delays.get(request.method, 0))
+        if request.method in self.gates:
+            await self.gates[request.method].wait()
         return [{"version": "1.0.0"}] if request.method == "history" else self.status
 
 

@@ -122,7 +122,8 @@ def test_a_start_under_way_is_stopped_as_well(rig: Rig) -> None:
         await rig.machines.create(SPEC)
         rig.hypervisor.delay = 0.05
         starting = asyncio.create_task(rig.machines.start("web"))
-        await asyncio.sleep(0.02)
+        while not rig.hypervisor.most_at_once:
+            await asyncio.sleep(0.001)
         (stopped,) = await rig.machines.stop_all()
         await starting
         assert stopped.how == "shut-down" and rig.hypervisor.domains == {}
@@ -136,7 +137,7 @@ def test_a_machine_that_was_to_stop_stays_off(rig: Rig, tmp_path: Path) -> None:
         rig.hypervisor.polite = False
         await make(rig, "web", stop_timeout=1)
         stopping = asyncio.create_task(rig.machines.stop("web", 60))
-        await asyncio.sleep(0.01)
+        await rig.hypervisor.pressed.wait()
         (stopped,) = await rig.machines.stop_all()
         assert stopped.how == "switched-off" and (await stopping).state == "stopped"
         await boot(rig, tmp_path, "second")

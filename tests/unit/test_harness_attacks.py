@@ -12,15 +12,15 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from signing.keys import make_development_keys
 from signing.repository import Repository
 from signing.roles import KeyRing
-from signing.root import now
+from signing.root import now, provide_root
 from tests.harness.attacks import ATTACKS, BOMB, OFFERED, honest
 from tests.harness.forging import Forgery
 from tests.harness.proxy import Proxy
 from tests.harness.repository import URL, RepositoryServer, server_certificate
 from tests.harness.waiting import poll
+from tests.unit.test_publish_rig import NAMES, make_key
 from tests.unit.test_update_fetch import Fetcher
 from tests.unit.test_update_machine import check, download, make_world
 from tests.unit.test_update_rig import plain
@@ -39,8 +39,10 @@ class Site:
         self.folder = folder
         self.proxy = proxy
         self.keys = folder / "keys"
-        make_development_keys(self.keys)
-        root = (self.keys / "root.json").read_bytes()
+        self.keys.mkdir()
+        for name in NAMES:
+            make_key(self.keys, name)
+        root = provide_root(self.keys).read_bytes()
         Repository(folder / "origin").init(root, KeyRing(self.keys), now())
         self.world = make_world(folder / "world", version="0.1.0")
         update = Update(URL, ca=server_certificate(folder)[1].read_text(), proxy=f"http://127.0.0.1:{proxy.port}")

@@ -121,8 +121,9 @@ def test_a_guest_that_ignores_the_power_button(rig: Rig) -> None:
             await rig.machines.stop("web", 0)
         assert "force-off" in refused.value.hint
         # force-off does not wait for a stop that waits, and ends it.
+        rig.hypervisor.pressed.clear()
         stopping = asyncio.create_task(rig.machines.stop("web", 60))
-        await asyncio.sleep(0.01)
+        await rig.hypervisor.pressed.wait()
         assert (await rig.machines.force_off("web")).state == "stopped"
         assert (await asyncio.wait_for(stopping, 1)).state == "stopped"
         with pytest.raises(Conflict, match="does not run"):
@@ -137,7 +138,7 @@ def test_an_end_missed_while_libvirt_was_away_is_found(rig: Rig) -> None:
         machine = await rig.machines.create(SPEC)
         await rig.machines.start("web")
         stopping = asyncio.create_task(rig.machines.stop("web", 60))
-        await asyncio.sleep(0.01)
+        await rig.hypervisor.pressed.wait()
         rig.hypervisor.ends(UUID(machine.uuid), heard=False)
         assert not stopping.done()
         rig.hypervisor.reconnect()

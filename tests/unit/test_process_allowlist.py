@@ -4,8 +4,10 @@ committed."""
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -40,7 +42,7 @@ _CALLS = {
 }
 
 MOST_LINES = 400
-_LEAF = {"errors", "process", "wire", "paths", "notify", "atomic", "release"}
+_LEAF = {"errors", "process", "wire", "paths", "notify", "atomic", "clock", "release"}
 
 
 def committed() -> Iterator[Path]:
@@ -67,35 +69,45 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(REPOSITORY))
 
 
-def tree_of(path: Path) -> ast.Module:
-    """A source's syntax tree."""
-    return ast.parse(path.read_bytes(), filename=str(path))
+@dataclass(frozen=True)
+class Facts:
+    """What the rules want to know of a source: a module imported or name taken from one, x.y, f(argument=...)."""
+
+    imports: set[str]
+    attributes: set[tuple[str, str]]
+    arguments: set[str]
+
+    @property
+    def runs_programs(self) -> bool:
+        """Whether it could start a program without vmm.process."""
+        names = {tuple(name.split(".", 1)) for name in self.imports} | self.attributes
+        return any(
+            name[0] in _MODULES or (len(name) == 2 and name[0] in _CALLS and _CALLS[name[0]].fullmatch(name[1]))
+            for name in names
+        )
 
 
-def imports(tree: ast.Module) -> set[str]:
-    """Every module that is imported, with each name taken from it as a possible module."""
-    found: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports here are absolute"
-            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+def facts(source: str | bytes) -> Facts:
+    """Look through a source."""
+    found = Facts(set(), set(), set())
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import():
+                found.imports.update(alias.name for alias in node.names)
+            case ast.ImportFrom():
+                assert node.level == 0, "imports here are absolute"
+                found.imports.update({node.module or ""}, (f"{node.module}.{alias.name}" for alias in node.names))
+            case ast.Attribute(value=ast.Name(id=name), attr=attribute):
+                found.attributes.add((name, attribute))
+            case ast.keyword(arg=str(name)):
+                found.arguments.add(name)
     return found
 
 
-def runs_programs(tree: ast.Module) -> bool:
-    """Whether a source could start a program without vmm.process."""
-    names = {tuple(name.split(".", 1)) for name in imports(tree)}
-    names |= {
-        (node.value.id, node.attr)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
-    }
-    return any(
-        name[0] in _MODULES or (len(name) == 2 and name[0] in _CALLS and _CALLS[name[0]].fullmatch(name[1]))
-        for name in names
-    )
+@functools.cache
+def facts_of(path: Path) -> Facts:
+    """Look through a file, once for all rules."""
+    return facts(path.read_bytes())
 
 
 def allowed_imports() -> dict[str, set[str]]:
@@ -123,29 +135,28 @@ def allowed_imports() -> dict[str, set[str]]:
 )
 def test_the_rule_finds_what_it_is_for(source: str, expected: bool) -> None:
     """The search below is not blind."""
-    assert runs_programs(ast.parse(source)) is expected
+    assert facts(source).runs_programs is expected
 
 
 def test_only_listed_files_run_programs() -> None:
     """Whoever needs a program calls vmm.process.run or spawn; the exceptions are listed with their reason."""
-    assert {name_of(path) for path in programs() if runs_programs(tree_of(path))} == set(RUNS_PROGRAMS)
+    assert {name_of(path) for path in programs() if facts_of(path).runs_programs} == set(RUNS_PROGRAMS)
 
 
 def test_no_shell_strings() -> None:
     """No argument shell=True anywhere: arguments are lists."""
     for path in programs():
-        for node in ast.walk(tree_of(path)):
-            assert not (isinstance(node, ast.keyword) and node.arg == "shell"), name_of(path)
+        assert "shell" not in facts_of(path).arguments, name_of(path)
 
 
 def test_only_hypervisor_imports_libvirt() -> None:
     """Everybody else on the host sees vmm.hypervisor.types."""
-    assert {name_of(path) for path in programs() if "libvirt" in imports(tree_of(path))} == set(USES_LIBVIRT)
+    assert {name_of(path) for path in programs() if "libvirt" in facts_of(path).imports} == set(USES_LIBVIRT)
 
 
 def test_only_signing_and_image_see_private_keys() -> None:
     """The host software and the parts that mkosi runs know nothing of the key set."""
-    found = {path for path in programs() if any(name.split(".")[0] == "signing" for name in imports(tree_of(path)))}
+    found = {path for path in programs() if any(name.split(".")[0] == "signing" for name in facts_of(path).imports)}
     assert {path.relative_to(REPOSITORY).parts[0] for path in found} <= {"image", "signing", "tests"}
 
 
@@ -160,7 +171,7 @@ def test_packages_import_one_way() -> None:
         if parts[0] != "vmm":
             continue
         package = parts[1] if len(parts) > 2 else ""
-        for name in imports(tree_of(path)):
+        for name in facts_of(path).imports:
             imported = name.split(".")[1] if name.startswith("vmm.") else ""
             if imported in packages - {package} - allowed.get(package, set()):
                 wrong.append(f"{name_of(path)} imports {name}")
@@ -177,7 +188,7 @@ def test_the_host_software_stands_alone() -> None:
     """vmm imports neither builder nor tests, and the modules directly in it are those that the documents name."""
     for path in programs():
         if path.relative_to(REPOSITORY).parts[0] == "vmm":
-            roots = {name.split(".")[0] for name in imports(tree_of(path))}
+            roots = {name.split(".")[0] for name in facts_of(path).imports}
             assert not roots & {"image", "signing", "tests"}, name_of(path)
     assert {path.stem for path in (REPOSITORY / "vmm").glob("*.py")} - {"__init__"} == _LEAF
 

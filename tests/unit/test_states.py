@@ -90,7 +90,7 @@ def test_one_that_was_to_stop_is_not_saved(rig: Rig) -> None:
         rig.hypervisor.polite = False
         await make(rig)
         stopping = asyncio.create_task(rig.machines.stop("web", 60))
-        await asyncio.sleep(0.01)
+        await rig.hypervisor.pressed.wait()
         assert [one.how for one in await rig.machines.stop_all()] == ["switched-off"]
         assert (await stopping).saved is None
 

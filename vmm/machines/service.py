@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from uuid import UUID, uuid4
 from weakref import WeakValueDictionary
 
+from vmm.clock import rfc3339
 from vmm.errors import Conflict, NotFound, Unavailable, UserError
 from vmm.hypervisor import domain
 from vmm.hypervisor.types import Console, Domain, Hypervisor, State
@@ -95,7 +96,7 @@ class Machines:
     async def create(self, spec: MachineSpec) -> Machine:
         """Add a machine, which does not run yet. Raises: UserError naming the field; Conflict; Unavailable."""
         self._check(spec)
-        created = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+        created = rfc3339(time.time())
         async with self._lock(spec.name):
             row = await self._database.run(partial(store.insert, id=uuid4(), spec=spec, created=created))
         return view(row, State.STOPPED)

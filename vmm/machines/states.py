@@ -15,12 +15,12 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from uuid import UUID
 
 from vmm import atomic
+from vmm.clock import rfc3339
 from vmm.errors import Conflict, Unavailable, UserError
 from vmm.hypervisor.types import Hypervisor, State
 from vmm.machines import savedrows
@@ -83,7 +83,7 @@ class States:
         need = row.spec.memory + _BESIDE_MEMORY
         new = self.path(row.id).with_suffix(".new")
         try:
-            since = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+            since = rfc3339(time.time())
             await self._database.run(partial(savedrows.begin, id=row.id, since=since, domain=_hash(xml)))
             self._admit(need)
             # Counted at once, so that guests that are saved together are not promised the same room.

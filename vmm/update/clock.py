@@ -7,6 +7,8 @@ from typing import Literal
 
 import msgspec
 
+from vmm.clock import rfc3339
+
 Origin = Literal["clock", "image", "seen"]
 
 
@@ -35,8 +37,3 @@ def best(clock: float, built: int, seen: int) -> Moment:
     origins: tuple[tuple[int, Origin], ...] = ((int(clock), "clock"), (built, "image"), (seen, "seen"))
     seconds, origin = max(origins, key=lambda known: known[0])
     return Moment(seconds, origin)
-
-
-def rfc3339(seconds: float) -> str:
-    """A time as RFC 3339 has it, in UTC."""
-    return datetime.fromtimestamp(int(seconds), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import msgspec
 
 from vmm.audit.client import Actor, Entry, Object
+from vmm.clock import rfc3339
 from vmm.errors import UserError
-from vmm.update.clock import rfc3339
 from vmm.update.errors import Refused
 from vmm.update.state import Event, Store
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from vmm.clock import rfc3339
 from vmm.errors import Conflict, Unavailable, UserError
 from vmm.update import choice, clock, install, slots, stick, targets, trust
 from vmm.update.environment import Enter, Environment
@@ -47,7 +48,7 @@ class Work:
             version = chosen.release.version if chosen.release else ""
             extra["version"] = version
             store.change(
-                checked=clock.rfc3339(self._env.now()), available=version, source=name, overridden=override_expiry
+                checked=rfc3339(self._env.now()), available=version, source=name, overridden=override_expiry
             )
             if chosen.release is None:
                 _raise_if_attacked(chosen.passed_over)
@@ -123,7 +124,7 @@ class Work:
             reason = f"rolled back to {older.version} by {caller.actor.id}"
             # First remembered, then done: a kill between must not have the host take the version again by itself.
             env.store.fail(
-                Failed(newest.version, reason, clock.rfc3339(env.now())),
+                Failed(newest.version, reason, rfc3339(env.now())),
                 installed=None if waiting and waiting.version == newest.version else waiting,
             )
             mark_bad(newest)
@@ -168,7 +169,7 @@ class Work:
         """The running version has failed its gate: it gets no further try. Raises: UserError."""
         env = self._env
         with named_errors():
-            env.store.note_gate_failure(env.running.version, reason, clock.rfc3339(env.now()))
+            env.store.note_gate_failure(env.running.version, reason, rfc3339(env.now()))
             own = self._own_entry()
             if own is None or own.blessed:
                 raise Conflict("the running version is not on trial")
@@ -223,7 +224,7 @@ class Work:
                 mark_bad(entry)
         extra = {"running": env.running.version, "root_hash": env.running.root_hash}
         env.recorder.event("update.failed", verdict.version, failed=True, reason=verdict.reason, extra=extra)
-        failed = Failed(verdict.version, verdict.reason, clock.rfc3339(env.now()))
+        failed = Failed(verdict.version, verdict.reason, rfc3339(env.now()))
         env.store.fail(failed, installed=None)
 
     def _import_stick(self, job: Job, caller: Caller) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 import uuid
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Literal, cast
 
+from vmm.clock import rfc3339
 from vmm.errors import Unavailable, UserError
 from vmm.volumes import files, qcow2, store
 from vmm.volumes.importer import Importer
@@ -118,7 +119,7 @@ class Volumes:
             raise Unavailable("the image converter left a file of the wrong size")
 
     async def _begin(self, name: str, size: int) -> store.Row:
-        created = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+        created = rfc3339(time.time())
         row = store.Row(str(uuid.uuid4()), name, size, "creating", created, None)
         await self._database.run(partial(store.insert, new=row, capacity=self._capacity(), staged=self._staged))
         return row
