@@ -209,26 +209,39 @@ async def answer(channel: Channel, handler: Handler) -> None:
     travels to the caller; any other exception is printed and becomes an internal problem.
     """
     async with channel:
-        try:
-            kind, payload = await channel.receive()
-            if kind is not Kind.REQUEST:
-                raise ProtocolError(f"expected a request, got {kind.name}")
-            request = msgspec.json.decode(payload, type=Request)
-        except (ProtocolError, msgspec.DecodeError):
-            return
-        try:
-            result = await handler(request, channel)
-            await channel.send(Kind.RESULT, msgspec.json.encode(result))
-        except UserError as error:
-            await _send_problem(channel, problem_of(error))
-        except (ProtocolError, ConnectionError):
-            return
-        except Exception as error:  # noqa: BLE001 - one broken call must not end the daemon
-            asyncio.get_running_loop().call_exception_handler(
-                {"message": f"the call {request.method} failed", "exception": error}
-            )
-            await _send_problem(channel, Problem("internal", 500, "an internal error; the journal has its trace"))
-        await channel.linger()
+        if await _answer(channel, handler):
+            await channel.linger()
+
+
+async def answer_all(channel: Channel, handler: Handler) -> None:
+    """Serve calls that follow one another on a connection until the other end closes it; see answer()."""
+    async with channel:
+        while await _answer(channel, handler):
+            pass
+
+
+async def _answer(channel: Channel, handler: Handler) -> bool:
+    """Serve a call; whether the other end was there to the end of it."""
+    try:
+        kind, payload = await channel.receive()
+        if kind is not Kind.REQUEST:
+            raise ProtocolError(f"expected a request, got {kind.name}")
+        request = msgspec.json.decode(payload, type=Request)
+    except (ProtocolError, msgspec.DecodeError):
+        return False
+    try:
+        result = await handler(request, channel)
+        await channel.send(Kind.RESULT, msgspec.json.encode(result))
+    except UserError as error:
+        await _send_problem(channel, problem_of(error))
+    except (ProtocolError, ConnectionError):
+        return False
+    except Exception as error:  # noqa: BLE001 - one broken call must not end the daemon
+        asyncio.get_running_loop().call_exception_handler(
+            {"message": f"the call {request.method} failed", "exception": error}
+        )
+        await _send_problem(channel, Problem("internal", 500, "an internal error; the journal has its trace"))
+    return True
 
 
 async def serve(path: Path, handler: Handler, *, mode: int = 0o660) -> asyncio.Server:

@@ -4,38 +4,52 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.faults.inspect import Found, inspect, version
-from tests.faults.stages import RUNNING, Update
+from tests.faults.stages import RUNNING, Update, restart
 from tests.harness.host import Host
 from tests.harness.updates import Updates, slot
 
 
 @dataclass(frozen=True)
 class Kind:
-    """``job`` is ordered of the updater at ``stage``; without one the step is under way there.
+    """``begin`` sets a host going that stands at ``stage``.
 
-    ``longest`` is a little more than its seconds on the slowest machine that this runs on. ``share`` of all cuts is
-    of this kind, in percent.
+    ``longest`` is a little more than the step's seconds on the slowest machine that this runs on. ``share`` of all
+    cuts is of this kind, in percent.
     """
 
     name: str
     stage: str
-    job: str
+    begin: Callable[[Update, Host], None]
     longest: float
     share: int
 
 
-WRITING = Kind("writing", "staged", "apply", 14.0, 60)
+def _download(update: Update, host: Host) -> None:
+    host.agent.set_clock()
+    Updates(host, update.admin).begin("download")
+
+
+def _apply(update: Update, host: Host) -> None:
+    host.agent.set_clock()
+    Updates(host, update.admin).begin("apply")
+
+
+def _go_on(update: Update, host: Host) -> None:
+    """On trial it is on its way already."""
+
+
+WRITING = Kind("writing", "staged", _apply, 14.0, 60)
 KINDS = (
-    Kind("download", "offered", "download", 14.0, 16),
+    Kind("download", "offered", _download, 14.0, 16),
     WRITING,
-    Kind("first start", "restarting", "", 60.0, 12),
-    Kind("gate and keeping", "trial", "", 45.0, 12),
+    Kind("first start", "installed", restart, 60.0, 12),
+    Kind("gate and keeping", "trial", _go_on, 45.0, 12),
 )
 
 
@@ -69,13 +83,8 @@ def cut(update: Update, one: Cut, workdir: Path) -> Iterator[tuple[Host, Found]]
     host = update.at(one.kind.stage).host(workdir, faulty_disk=True)
     try:
         with host:
-            if one.kind.job:
-                host.agent.set_clock()
-                with update.serve(host):
-                    Updates(host, update.admin).begin(one.kind.job)
-                    time.sleep(one.seconds)
-                    host.power_cut()
-            else:
+            with update.serve(host):
+                one.kind.begin(update, host)
                 time.sleep(one.seconds)
                 host.power_cut()
             yield host, inspect(host.files.flat_disk, RUNNING, update.release.folder, workdir)

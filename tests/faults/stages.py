@@ -33,7 +33,7 @@ class Update:
     release: releases.Built
 
     def at(self, stage: str) -> Checkpoint:
-        """The host at a stage ("offered", "staged", "restarting", "trial"), from the store or made now."""
+        """The host at a stage ("offered", "staged", "installed", "trial"), from the store or made now."""
         before, advance = _STAGES[stage]
         directory = self._store() / stage
         if not directory.exists():
@@ -82,22 +82,27 @@ def _download(update: Update, host: Host) -> None:
         Updates(host, update.admin).do("download")
 
 
-def _restart(update: Update, host: Host) -> None:
+def _apply(update: Update, host: Host) -> None:
     host.agent.set_clock()
-    updates = Updates(host, update.admin)
-    updates.do("apply")
-    updates.api.call("POST", "/v1/host/reboot", seconds=120)
-    host.wait_reset()
+    Updates(host, update.admin).do("apply")
 
 
 def _try(update: Update, host: Host) -> None:
+    restart(update, host)
     host.wait_api(120)
+
+
+def restart(update: Update, host: Host) -> None:
+    """Have the host restart, and wait until it does."""
+    host.agent.set_clock()
+    host.api(update.admin).call("POST", "/v1/host/reboot", seconds=120)
+    host.wait_reset()
 
 
 _STAGES: dict[str, tuple[str, Callable[[Update, Host], None]]] = {
     "offered": ("", _offer),
     "staged": ("offered", _download),
-    "restarting": ("staged", _restart),
-    "trial": ("restarting", _try),
+    "installed": ("staged", _apply),
+    "trial": ("installed", _try),
 }
 """Before which other stage a stage comes, and how a host gets from there to it. On trial, the gate still asks."""

@@ -79,6 +79,21 @@ async def serving(certificate: tuple[Path, str], handler: Handler) -> AsyncItera
         await runner.cleanup()
 
 
+async def once(request: FetchRequest, pace: fetch.Pace) -> tuple[bytes, FetchResult]:
+    """One download; returns what came."""
+    received = bytearray()
+
+    async def send(piece: bytes) -> None:
+        received.extend(piece)
+
+    downloads = fetch.Downloads(pace)
+    try:
+        result = await downloads.fetch(request, send)
+    finally:
+        await downloads.close()
+    return bytes(received), result
+
+
 def attempt(
     certificate: tuple[Path, str],
     handler: Handler,
@@ -91,16 +106,10 @@ def attempt(
     """Fetch once; returns what came."""
 
     async def run() -> tuple[bytes, FetchResult]:
-        received = bytearray()
-
-        async def send(piece: bytes) -> None:
-            received.extend(piece)
-
         async with serving(certificate, handler) as address:
             known = certificate[1] if ca is None else ca
             request = FetchRequest(address + path, ca=known, **{"limit": 1 << 20, "timeout": 5.0, **fields})
-            result = await fetch.fetch(request, send, pace or fetch.Pace())
-        return bytes(received), result
+            return await once(request, pace or fetch.Pace())
 
     return asyncio.run(run())
 
@@ -225,21 +234,15 @@ def test_who_the_server_is(certificate: tuple[Path, str]) -> None:
     "url", ["http://127.0.0.1/x", "file:///etc/passwd", "https://", "x", "https://u:p@host/x", "ftp://h/x"]
 )
 def test_https_only(url: str) -> None:
-    async def send(piece: bytes) -> None:
-        raise AssertionError
-
     with pytest.raises(Refused, match="transport: "):
-        asyncio.run(fetch.fetch(FetchRequest(url, limit=1), send))
+        asyncio.run(once(FetchRequest(url, limit=1), fetch.Pace()))
     with pytest.raises(Refused, match="the proxy must be"):
-        asyncio.run(fetch.fetch(FetchRequest("https://127.0.0.1/", limit=1, proxy="socks5://h:1"), send))
+        asyncio.run(once(FetchRequest("https://127.0.0.1/", limit=1, proxy="socks5://h:1"), fetch.Pace()))
 
 
 def test_nobody_there() -> None:
-    async def send(piece: bytes) -> None:
-        raise AssertionError
-
     with pytest.raises(Unavailable, match="the repository at 127.0.0.1 cannot be read"):
-        asyncio.run(fetch.fetch(FetchRequest("https://127.0.0.1:9/x", limit=1, timeout=2), send))
+        asyncio.run(once(FetchRequest("https://127.0.0.1:9/x", limit=1, timeout=2), fetch.Pace()))
 
 
 class Fetcher:

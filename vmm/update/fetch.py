@@ -1,4 +1,4 @@
-"""The fetcher, ``python3 -m vmm.update.fetch``: one download for the updater, then the process ends.
+"""The fetcher, ``python3 -m vmm.update.fetch``: the downloads of one job of the updater, then the process ends.
 
 The only part of taking updates that talks to the network, hence without a disk, a device or a secret. It decides
 nothing: what it hands on is checked by TUF in the updater. Its unit starts one for each connection, as standard input.
@@ -21,7 +21,7 @@ from yarl import URL
 from vmm.errors import NotFound, Unavailable, UserError
 from vmm.update.errors import Refused
 from vmm.update.protocol import METHOD, FetchRequest, FetchResult
-from vmm.wire import MAX_FRAME, Channel, Kind, Request, answer
+from vmm.wire import MAX_FRAME, Channel, Kind, Request, answer_all
 
 LAYER = "transport"
 _MOST_REDIRECTS = 5
@@ -40,39 +40,66 @@ class Pace:
 Send = Callable[[bytes], Awaitable[None]]
 
 
-async def fetch(request: FetchRequest, send: Send, pace: Pace = Pace()) -> FetchResult:  # noqa: B008 - frozen
-    """Download, handing every piece to ``send``.
+class Downloads:
+    """Downloads over connections that are kept from one to the next; close() ends them."""
 
-    Raises: Refused for what is against the rules (scheme, redirect, length, range, pace);
-    Unavailable when the server cannot be reached or goes away.
-    """
-    url = _checked(request.url)
-    if request.proxy and URL(request.proxy).scheme not in ("http", "https"):
-        raise Refused(LAYER, "the proxy must be an http or https URL")
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=request.timeout)
-    connector = aiohttp.TCPConnector(ssl=_context(request.ca))
-    try:
-        # Compressed answers would not have the lengths and hashes that TUF signed.
-        async with aiohttp.ClientSession(
-            connector=connector,
-            timeout=timeout,
+    def __init__(self, pace: Pace = Pace()) -> None:  # noqa: B008 - frozen
+        self._pace = pace
+        self._sessions: dict[str, aiohttp.ClientSession] = {}
+
+    async def fetch(self, request: FetchRequest, send: Send) -> FetchResult:
+        """Download, handing every piece to ``send``.
+
+        Raises: Refused for what is against the rules (scheme, redirect, length, range, pace);
+        Unavailable when the server cannot be reached or goes away.
+        """
+        url = _checked(request.url)
+        if request.proxy and URL(request.proxy).scheme not in ("http", "https"):
+            raise Refused(LAYER, "the proxy must be an http or https URL")
+        session = self._sessions.get(request.ca) or self._open(request.ca)
+        try:
+            for _ in range(_MOST_REDIRECTS + 1):
+                async with await _ask(session, url, request) as response:
+                    if response.status not in _REDIRECTS:
+                        return await _deliver(response, request, send, self._pace)
+                    url = _followed(url, response.headers.get("Location", ""))
+        except aiohttp.ClientSSLError as error:
+            raise Refused("TLS", f"{url.host}: {error}") from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise Unavailable(f"the repository at {url.host} cannot be read: {error}") from None
+        raise Refused(LAYER, f"{url.host} redirects more than {_MOST_REDIRECTS} times")
+
+    def _open(self, ca: str) -> aiohttp.ClientSession:
+        """What trusts these authorities. Raises: UserError."""
+        self._sessions[ca] = session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(ssl=_context(ca)),
+            timeout=aiohttp.ClientTimeout(total=None),
+            # Compressed answers would not have the lengths and hashes that TUF signed.
             auto_decompress=False,
             headers={"Accept-Encoding": "identity", "User-Agent": "holdfast"},
             cookie_jar=aiohttp.DummyCookieJar(),
-        ) as session:
-            for _ in range(_MOST_REDIRECTS + 1):
-                async with await _open(session, url, request) as response:
-                    if response.status not in _REDIRECTS:
-                        return await _deliver(response, request, send, pace)
-                    url = _followed(url, response.headers.get("Location", ""))
-    except aiohttp.ClientSSLError as error:
-        raise Refused("TLS", f"{url.host}: {error}") from None
-    except (aiohttp.ClientError, OSError) as error:
-        raise Unavailable(f"the repository at {url.host} cannot be read: {error}") from None
-    raise Refused(LAYER, f"{url.host} redirects more than {_MOST_REDIRECTS} times")
+        )
+        return session
+
+    async def close(self) -> None:
+        """End the connections."""
+        for session in self._sessions.values():
+            await session.close()
+
+    async def handle(self, request: Request, channel: Channel) -> FetchResult:
+        """The one method that callers know. Raises: UserError."""
+        if request.method != METHOD:
+            raise NotFound(f"the fetcher has no method {request.method!r}")
+        try:
+            wanted = msgspec.convert(request.params, FetchRequest)
+        except msgspec.ValidationError as error:
+            raise UserError(f"fetch: {error}") from None
+        result = await self.fetch(wanted, channel.send_data)
+        await channel.send(Kind.END)
+        return result
 
 
-async def _open(session: aiohttp.ClientSession, url: URL, request: FetchRequest) -> aiohttp.ClientResponse:
+async def _ask(session: aiohttp.ClientSession, url: URL, request: FetchRequest) -> aiohttp.ClientResponse:
     headers = {"Range": f"bytes={request.offset}-"} if request.offset else {}
     try:
         async with asyncio.timeout(request.timeout):
@@ -159,27 +186,18 @@ async def _stream(content: aiohttp.StreamReader, skip: int, limit: int, send: Se
             await send(chunk)
 
 
-async def handle(request: Request, channel: Channel) -> FetchResult:
-    """The one method. Raises: UserError."""
-    if request.method != METHOD:
-        raise NotFound(f"the fetcher has no method {request.method!r}")
-    try:
-        wanted = msgspec.convert(request.params, FetchRequest)
-    except msgspec.ValidationError as error:
-        raise UserError(f"fetch: {error}") from None
-    result = await fetch(wanted, channel.send_data)
-    await channel.send(Kind.END)
-    return result
-
-
 async def serve(connection: socket.socket) -> None:
-    """Serve the call on a connected socket."""
+    """Serve the calls on a connected socket, one after another, until the other end closes it."""
     reader, writer = await asyncio.open_unix_connection(sock=connection, limit=MAX_FRAME)
-    await answer(Channel(reader, writer), handle)
+    downloads = Downloads()
+    try:
+        await answer_all(Channel(reader, writer), downloads.handle)
+    finally:
+        await downloads.close()
 
 
 def main() -> int:
-    """Serve the one request on standard input. Returns: the exit code."""
+    """Serve the requests on standard input. Returns: the exit code."""
     asyncio.run(serve(socket.socket(fileno=os.dup(0))))
     return 0
 

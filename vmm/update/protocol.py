@@ -1,6 +1,7 @@
 """What the updater asks of the fetcher (vmm/update/fetch.py), over vmm.wire's frames.
 
-One connection a download: the request ``fetch``, then the bytes as data frames, END, and the result.
+One connection a job, one download after another: the request ``fetch``, then the bytes as data frames, END, and the
+result.
 """
 
 from __future__ import annotations

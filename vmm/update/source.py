@@ -7,6 +7,7 @@ import re
 import socket
 import stat
 from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
 
@@ -95,7 +96,7 @@ class DirectorySource:
 
 
 class HttpSource:
-    """A repository on a web server, read by the fetcher."""
+    """A repository on a web server, read by the fetcher, one process of which serves it until close()."""
 
     def __init__(
         self,
@@ -112,23 +113,46 @@ class HttpSource:
         self._proxy = proxy
         self._fetcher = fetcher
         self._check = check
+        self._idle: socket.socket | None = None
+
+    def close(self) -> None:
+        """Let the fetcher go."""
+        if self._idle:
+            self._idle.close()
+        self._idle = None
 
     def read(self, path: str, *, limit: int, offset: int = 0) -> Iterator[bytes]:
         """See Source."""
         request = FetchRequest(f"{self.name}/{checked_path(path)}", offset, limit, self._proxy, self._ca)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            connection.settimeout(_TICK_S)
-            try:
-                connection.connect(str(self._fetcher))
-                payload = msgspec.json.encode(Request(METHOD, msgspec.to_builtins(request)))
-                connection.sendall(HEADER.pack(Kind.REQUEST.value, len(payload)) + payload)
-            except OSError as error:
-                raise Unavailable(f"the fetcher does not answer: {error.strerror or error}") from None
+        with ExitStack() as broken_off:
+            connection = broken_off.enter_context(self._idle or self._connect())
+            self._idle = None
+            self._ask(connection, request)
             result = yield from self._answer(connection, path, limit)
+            broken_off.pop_all()
+        self.close()
+        self._idle = connection
         if result.status in (403, 404, 410):
             raise Missing(f"{self.name} has no file {path} (status {result.status})")
         if result.status not in (200, 206):
             raise Unavailable(f"{self.name} answered {path} with status {result.status}")
+
+    def _connect(self) -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connection.settimeout(_TICK_S)
+            connection.connect(str(self._fetcher))
+        except OSError as error:
+            connection.close()
+            raise _silent(error) from None
+        return connection
+
+    def _ask(self, connection: socket.socket, request: FetchRequest) -> None:
+        payload = msgspec.json.encode(Request(METHOD, msgspec.to_builtins(request)))
+        try:
+            connection.sendall(HEADER.pack(Kind.REQUEST.value, len(payload)) + payload)
+        except OSError as error:
+            raise _silent(error) from None
 
     def _answer(self, connection: socket.socket, path: str, limit: int) -> Generator[bytes, None, FetchResult]:
         received = 0
@@ -176,6 +200,10 @@ class HttpSource:
             content += piece
             silent = 0.0
         return bytes(content)
+
+
+def _silent(error: OSError) -> Unavailable:
+    return Unavailable(f"the fetcher does not answer: {error.strerror or error}")
 
 
 def _error(problem: Problem) -> UserError:

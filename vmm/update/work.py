@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,9 @@ class Work:
         if source == "stick":
             self._import_stick(job, caller)
         name = "bundle" if source == "stick" else source or self._usual_source()
-        with self._recorded("update.check", job, caller, {"override_expiry": override_expiry}) as extra:
-            origin, trusted = self._refresh(name, override_expiry, job, extra)
+        asked = {"override_expiry": override_expiry}
+        with self._recorded("update.check", job, caller, asked) as extra, self._source(name, job) as origin:
+            trusted = self._refresh(origin, override_expiry, extra)
             chosen = choice.choose(trusted.targets, _loader(origin, trusted), self._host(), trusted.moment.time)
             extra["passed_over"] = [error.message for _, error in chosen.passed_over][:16]
             version = chosen.release.version if chosen.release else ""
@@ -62,8 +63,9 @@ class Work:
         self._refuse_if_waiting()
         overridden = override_expiry or env.store.state.overridden
         asked = {"asked": version, "retry_failed": retry_failed, "override_expiry": overridden}
-        with self._recorded("update.download", job, caller, asked) as extra:
-            origin, trusted = self._refresh(env.store.state.source or self._usual_source(), overridden, job, extra)
+        name = env.store.state.source or self._usual_source()
+        with self._recorded("update.download", job, caller, asked) as extra, self._source(name, job) as origin:
+            trusted = self._refresh(origin, overridden, extra)
             release = self._choose(version, retry_failed, origin, trusted)
             extra |= {"version": release.version, "epoch": release.epoch, "root_hash": release.root_hash}
             install.check_room(release, env.system, env.running.root_hash)
@@ -240,21 +242,22 @@ class Work:
     def _usual_source(self) -> SourceName:
         return "repository" if self._env.configuration() else "bundle"
 
-    def _source(self, name: SourceName, job: Job) -> Source:
+    @contextmanager
+    def _source(self, name: SourceName, job: Job) -> Iterator[Source]:
         if name == "bundle":
             if not self._env.bundle.is_dir():
                 raise Conflict("no bundle was imported, and no repository is configured")
-            return DirectorySource(self._env.bundle)
+            yield DirectorySource(self._env.bundle)
+            return
         update = self._env.configuration()
         if update is None:
             raise Conflict("no repository is configured", hint="Set update.repository, or import a bundle.")
-        return HttpSource(update.repository, ca=update.ca or "", proxy=update.proxy or "", check=job.check)
+        ca, proxy = update.ca or "", update.proxy or ""
+        with closing(HttpSource(update.repository, ca=ca, proxy=proxy, check=job.check)) as source:
+            yield source
 
-    def _refresh(
-        self, name: SourceName, override: bool, job: Job, extra: dict[str, Any]
-    ) -> tuple[Source, trust.Trusted]:
+    def _refresh(self, source: Source, override: bool, extra: dict[str, Any]) -> trust.Trusted:
         env = self._env
-        source = self._source(name, job)
         moment = clock.best(env.now(), env.running.built, env.store.state.seen)
         extra |= {"source": source.name, "time": moment.text, "time_source": moment.origin}
         trusted = trust.refresh(source, env.root_metadata(), env.folder / "metadata", moment, override_expiry=override)
@@ -262,7 +265,7 @@ class Work:
         if not any(role.expired for role in trusted.roles) and moment.seconds > env.store.state.seen:
             # Bounded by the metadata's own expiry, so a clock that runs ahead cannot poison it for long.
             env.store.change(seen=moment.seconds)
-        return source, trusted
+        return trusted
 
     def _choose(self, version: str, retry_failed: bool, origin: Source, trusted: trust.Trusted) -> Release:
         load, host = _loader(origin, trusted), self._host()
