@@ -107,6 +107,7 @@ def without_core(built_image: Image) -> releases.Built:
     return releases.build("without-core", "0.1.2", change=change)
 
 
+@pytest.mark.long
 @pytest.mark.sfr("FPT_TUD_EXT.1", "FAU_GEN.1")
 def test_a_release_whose_service_does_not_start_goes_back_with_the_reason(
     updates: Updates, host: Host, without_core: releases.Built
