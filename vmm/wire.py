@@ -23,7 +23,7 @@ import msgspec
 from vmm.errors import Conflict, Forbidden, NotFound, Unavailable, UserError
 
 MAX_FRAME = 1 << 20
-_LINGER_S = 2.0
+_LINGER_S = 10.0
 HEADER = struct.Struct(">cI")
 
 
@@ -128,7 +128,7 @@ class Channel:
         raise ProtocolError(f"expected a result, got {kind.name}")
 
     async def linger(self) -> None:
-        """Take in what the other end still sends, until it has the answer and closes, for two seconds at most.
+        """Take in what the other end still sends, until it has the answer and closes, for ten seconds at most.
 
         Were the connection closed under its hands, its next write would fail and lose it the answer.
         """

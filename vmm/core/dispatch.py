@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Literal, Protocol
 from uuid import uuid4
 
@@ -58,54 +57,28 @@ class Call:
             raise UserError("this method needs a caller to talk to")
         return self._channel
 
-    @cached_property
-    def upload(self) -> Upload:
-        """What the caller sends along. Raises: UserError when there is no caller."""
-        return Upload(self.channel)
-
-
-class Upload:
-    """The bytes that a caller sends along; what is not wanted can be thrown away."""
-
-    def __init__(self, channel: wire.Channel) -> None:
-        self._channel = channel
-        self._ended = False
-
     async def content(self) -> AsyncIterator[bytes]:
-        """The bytes as they come. Raises: UserError when the caller goes away in between."""
-        while not self._ended:
-            try:
-                kind, payload = await self._channel.receive()
-            except wire.ProtocolError as error:
-                self._ended = True
-                raise UserError(f"the upload was broken off: {error}") from None
-            if kind is not wire.Kind.DATA:
-                self._ended = True
-                return
-            yield payload
-
-    async def discard(self) -> None:
-        """Read to the end, or until the caller goes away."""
+        """What the caller sends along, as it comes. Raises: UserError when the caller goes away in between."""
         try:
-            async for _ in self.content():
-                pass
-        except UserError:
-            pass  # gone: there is nobody to answer
+            async for payload in self.channel.data():
+                yield payload
+        except wire.ProtocolError as error:
+            raise UserError(f"the upload was broken off: {error}") from None
 
 
 @dataclass(frozen=True)
 class Method:
     """One row of the table of methods.
 
-    ``kind`` is "read" or "change"; ``object_kind`` says what ``args.name`` names; ``streams`` says whether the caller
-    sends content along ("upload"), or the call lasts as long as its connection ("console").
+    ``kind`` is "read" or "change"; ``object_kind`` says what ``args.name`` names; ``lasts`` says whether the
+    call lasts as long as its connection.
     """
 
     args: type[msgspec.Struct]
     handler: Callable[[Any, Call], Awaitable[Any]]
     kind: Literal["read", "change"]
     object_kind: str
-    streams: Literal["", "upload", "console"] = ""
+    lasts: bool = False
 
 
 @dataclass
@@ -138,7 +111,7 @@ class Dispatcher:
         self._audit = audit
         self._identify = identify
         self._peers = peers
-        self._running: dict[asyncio.Task[Any], str] = {}
+        self._running: dict[asyncio.Task[Any], bool] = {}
 
     async def handle(self, request: wire.Request, channel: wire.Channel) -> Any:
         """One call. It is finished, and recorded, even when its caller goes away. Raises: UserError."""
@@ -151,14 +124,14 @@ class Dispatcher:
     async def _finish(self, name: str, work: Coroutine[Any, Any, Any]) -> Any:
         task = asyncio.get_running_loop().create_task(work)
         method = self._methods.get(name)
-        self._running[task] = method.streams if method else ""
+        self._running[task] = method is not None and method.lasts
         task.add_done_callback(self._running.pop)
         return await asyncio.shield(task)
 
     async def close(self, grace: float) -> None:
         """End consoles, give everything else ``grace`` seconds, then end it; each with its record."""
-        for task, streams in list(self._running.items()):
-            if streams == "console":
+        for task, lasts in list(self._running.items()):
+            if lasts:
                 task.cancel()
         tasks = set(self._running)
         if tasks:
@@ -180,17 +153,12 @@ class Dispatcher:
 
     async def _call(self, name: str, envelope: Envelope | HostEnvelope, call: Call) -> Any:
         method = self._methods.get(name)
-        try:
-            case, args = await self._decide(name, method, envelope)
-            assert method is not None
-            call.actor, call.request = case.actor, case.request
-            if method.kind == "read":
-                return await self._read(method, case, args, call)
-            return await self._change(method, case, args, call)
-        except UserError as error:
-            if method is not None and method.streams == "upload":
-                await _answer_early(call, error)
-            raise
+        case, args = await self._decide(name, method, envelope)
+        assert method is not None
+        call.actor, call.request = case.actor, case.request
+        if method.kind == "read":
+            return await self._read(method, case, args, call)
+        return await self._change(method, case, args, call)
 
     async def _decide(self, name: str, method: Method | None, envelope: Envelope | HostEnvelope) -> tuple[_Case, Any]:
         """Whether the call may be made. Raises: UserError, once the refusal is on record."""
@@ -280,18 +248,6 @@ class Dispatcher:
                 extra=case.extra,
             )
         )
-
-
-async def _answer_early(call: Call, error: UserError) -> None:
-    """Tell a caller that may still be sending, and read on until it stops.
-
-    Closing a connection with unread data could cost it the answer. The socket's server answers again, unheard.
-    """
-    try:
-        await call.channel.send(wire.Kind.PROBLEM, msgspec.json.encode(wire.problem_of(error)))
-    except ConnectionError:
-        return
-    await call.upload.discard()
 
 
 def _raw_object(method: Method | None, args: Mapping[str, Any]) -> Object:

@@ -43,7 +43,7 @@ class HostHandlers:
             "update.apply": Method(a.Nothing, self._apply, "change", ""),
             "update.cancel": Method(a.Nothing, self._cancel, "change", ""),
             "update.rollback": Method(a.Nothing, self._rollback, "change", ""),
-            "update.import": Method(a.ImportUpdate, self._import, "change", "", "upload"),
+            "update.import": Method(a.ImportUpdate, self._import, "change", ""),
             "host.reboot": Method(a.Nothing, self._reboot, "change", ""),
             "host.shutdown": Method(a.Nothing, self._shutdown, "change", ""),
             "host.stop-guests": Method(a.Nothing, self._stop_guests, "change", ""),

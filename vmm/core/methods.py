@@ -54,7 +54,7 @@ class Handlers:
             "volume.list": Method(a.Nothing, self._list_volumes, "read", ""),
             "volume.show": Method(a.Named, self._show_volume, "read", "volume"),
             "volume.create": Method(a.CreateVolume, self._create_volume, "change", "volume"),
-            "volume.upload": Method(a.UploadVolume, self._upload_volume, "change", "volume", "upload"),
+            "volume.upload": Method(a.UploadVolume, self._upload_volume, "change", "volume"),
             "volume.delete": Method(a.Named, self._delete_volume, "change", "volume"),
             "machine.list": Method(a.Nothing, self._list_machines, "read", ""),
             "machine.show": Method(a.Named, self._show_machine, "read", "machine"),
@@ -63,7 +63,7 @@ class Handlers:
             "machine.start": Method(a.Named, self._start_machine, "change", "machine"),
             "machine.stop": Method(a.Stop, self._stop_machine, "change", "machine"),
             "machine.force-off": Method(a.Named, self._force_off_machine, "change", "machine"),
-            "machine.console": Method(a.Named, self._console, "change", "machine", "console"),
+            "machine.console": Method(a.Named, self._console, "change", "machine", lasts=True),
             "audit.read": Method(a.ReadAudit, self._read_audit, "read", ""),
             "recovery.fetch": Method(a.Nothing, self._fetch_recovery, "change", ""),
         }
@@ -97,7 +97,7 @@ class Handlers:
         return volume
 
     async def _upload_volume(self, args: arguments.UploadVolume, call: Call) -> Any:
-        volume = await self._volumes.upload(args.name, args.format, args.length, args.size, call.upload.content())
+        volume = await self._volumes.upload(args.name, args.format, args.length, args.size, call.content())
         call.object_id = volume.uuid
         return volume
 

@@ -78,7 +78,7 @@ class UpdateClient:
         async with await wire.open_call(self._socket, "import", {"caller": _caller(caller)}) as channel:
             answer = asyncio.create_task(channel.result())
             try:
-                await _send(channel, caller.upload.content(), length, answer)
+                await _send(channel, caller.content(), length, answer)
                 return _status(await asyncio.wait_for(answer, _IMPORT_TIMEOUT_S))
             except TimeoutError:
                 raise Unavailable(f"the updater did not answer within {_IMPORT_TIMEOUT_S:g} s") from None
