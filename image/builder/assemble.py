@@ -67,6 +67,7 @@ def _inputs(layout: Layout, keys: KeySet) -> str:
         ],
         layout.version,
         str(layout.epoch),
+        str(layout.built),
         (layout.tools / "etc/holdfast-tools").read_text(),
     )
 
@@ -162,6 +163,7 @@ def write_manifest(layout: Layout, slot: Slot, keys: KeySet) -> None:
     facts = {
         "version": layout.version,
         "epoch": layout.epoch,
+        "built": layout.built,
         "minimum_source": layout.minimum_source,
         "root_hash": slot.root_hash,
         **{f"{name}_uuid": uuid for name, uuid in slot.uuids.items()},

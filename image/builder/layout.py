@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,11 +44,15 @@ class Layout:
     keys: Path = REPOSITORY / "build/keys"
     release: bool = False
     epoch: int = 1
+    built: int = SOURCE_DATE_EPOCH
     minimum_source: str = vmm.VERSION
 
     @classmethod
     def from_environment(cls) -> Layout:
-        """Read MIRROR, VERSION, EPOCH, KEYS and RELEASE.
+        """Read MIRROR, VERSION, EPOCH, KEYS, RELEASE and SOURCE_DATE_EPOCH.
+
+        A release states when it was built, or SOURCE_DATE_EPOCH to build the same bits again; a host does not believe
+        that it is earlier. Others state always the same.
 
         Raises: UserError when one of them cannot be used, naming it.
         """
@@ -58,6 +63,10 @@ class Layout:
         epoch = os.environ.get("EPOCH", "") or str(stated["epoch"])
         if not epoch.isdigit() or not 0 < int(epoch) <= MAX_EPOCH:
             die(f"EPOCH is {epoch!r}, which is not a number from 1 to {MAX_EPOCH}")
+        release = os.environ.get("RELEASE", "") == "1"
+        built = os.environ.get("SOURCE_DATE_EPOCH", "") or str(int(time.time()) if release else SOURCE_DATE_EPOCH)
+        if not built.isdigit() or not SOURCE_DATE_EPOCH <= int(built) <= time.time():
+            die(f"SOURCE_DATE_EPOCH is {built!r}, which is no time between 2026 and now, in seconds")
         keys = Path(os.environ.get("KEYS", "") or REPOSITORY / "build/keys").absolute()
         return cls(
             version=version,
@@ -65,7 +74,8 @@ class Layout:
             minimum_source=stated["minimum_source"],
             mirror=os.environ.get("MIRROR", "").rstrip("/"),
             keys=keys,
-            release=os.environ.get("RELEASE", "") == "1",
+            release=release,
+            built=int(built),
         )
 
     @property

@@ -36,7 +36,7 @@ def make_tree(layout: Layout, keys: KeySet) -> None:
         mark.touch()
     # In the UKI too, as .osrel: so the epoch of an installed system can be read without starting it.
     with (layout.root / "usr/lib/os-release").open("a") as release:
-        release.write(f"HOLDFAST_EPOCH={layout.epoch}\n")
+        release.write(f"HOLDFAST_EPOCH={layout.epoch}\nHOLDFAST_BUILT={layout.built}\n")
 
 
 def run_mkosi(layout: Layout, definition: Path, output: Path, *options: str) -> None:

@@ -40,7 +40,7 @@ def running(root: Path = ROOT) -> Running:
             version=version,
             epoch=_number(fields.get("HOLDFAST_EPOCH", "")),
             root_hash=root_hash,
-            built=max(_number(fields.get("HOLDFAST_BUILT", "")), int((root / ROOT_METADATA).stat().st_mtime)),
+            built=_number(fields.get("HOLDFAST_BUILT", "")),
             machine_id=(root / "etc/machine-id").read_text().strip(),
             boot=(root / "proc/sys/kernel/random/boot_id").read_text().strip(),
         )
