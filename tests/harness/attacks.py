@@ -7,6 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
+from securesystemslib.signer import SSlibKey
+
 from signing.root import now
 from tests.harness.forging import OTHER_CHANNEL, Forgery, flip, replace
 
@@ -76,6 +81,11 @@ def _root_by(*names: str) -> Change:
     return lambda forged: forged.new_root(*names)
 
 
+def _weak_key(make: Callable[[], PublicKeyTypes]) -> Change:
+    """A root that enough of the right keys have signed, with another kind of key for the timestamp."""
+    return lambda forged: forged.new_root("root1", "root2", timestamp=SSlibKey.from_crypto(make()))
+
+
 def _role_by(role: str, key: str) -> Change:
     return lambda forged: forged.publish(by={role: key})
 
@@ -105,6 +115,7 @@ _LONG = "longer than any such file may be"
 _MIXED = f"mixed and matched|{_LONG}"
 _UNSIGNED = "not signed by enough of the right keys"
 _NOT_SIGNED = "is not the file that was signed"
+_KIND = "is not ECDSA with P-384"
 
 ATTACKS = (
     Attack("frozen", "TUF timestamp", "expired: frozen or abandoned repository", _frozen),
@@ -116,11 +127,13 @@ ATTACKS = (
     Attack("endless data: release.json", "length", "sends more than the", _nothing, endless="release.json"),
     Attack("root: one of two keys", "TUF root", _UNSIGNED, _root_by("root1")),
     Attack("root: one root key, and others", "TUF root", _UNSIGNED, _root_by("root1", "targets", "snapshot")),
+    Attack("kind of key: Ed25519", "TUF root", _KIND, _weak_key(lambda: Ed25519PrivateKey.generate().public_key())),
+    Attack("kind of key: P-256", "TUF root", _KIND, _weak_key(lambda: generate_private_key(SECP256R1()).public_key())),
     Attack("wrong key: timestamp by snapshot's", "TUF timestamp", _UNSIGNED, _role_by("timestamp", "snapshot")),
     Attack("wrong key: snapshot by timestamp's", "TUF snapshot", _UNSIGNED, _role_by("snapshot", "timestamp")),
     Attack("wrong key: targets by snapshot's", "TUF targets", _UNSIGNED, _role_by("targets", "snapshot")),
     Attack("wrong key: targets by a root key", "TUF targets", _UNSIGNED, _role_by("targets", "root1")),
-    Attack("bit flip: root", "TUF root", f"{_UNSIGNED}|not valid metadata", _flipped_root),
+    Attack("bit flip: root", "TUF root", f"{_UNSIGNED}|not valid metadata|{_KIND}", _flipped_root),
     Attack("bit flip: timestamp", "TUF timestamp", f"{_UNSIGNED}|not valid metadata", _flipped("timestamp")),
     Attack("bit flip: snapshot", "TUF snapshot", "mixed and matched", _flipped("snapshot")),
     Attack("bit flip: targets", "TUF targets", "mixed and matched", _flipped("targets")),

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import msgspec
 import zstandard
+from securesystemslib.signer import SSlibKey
 from tuf.api.metadata import Metadata, MetaFile, Snapshot, TargetFile, Targets, Timestamp
 
 from image.builder.layout import Layout
@@ -71,9 +72,11 @@ class Forgery:
         self._timestamp.signed.snapshot_meta = _meta(self._snapshot.signed.version, content)
         self._write("timestamp.json", sign(self._timestamp))
 
-    def new_root(self, *names: str) -> None:
-        """The next root.json, signed by these keys."""
+    def new_root(self, *names: str, timestamp: SSlibKey | None = None) -> None:
+        """The next root.json, signed by these keys; ``timestamp`` is a further key of that role."""
         following = root.successor(self._state.root, root.now())
+        if timestamp is not None:
+            following.signed.add_key(timestamp, "timestamp")
         for name in names:
             following.sign(self._ring.signer(name), append=True)
         self._write(f"{following.signed.version}.root.json", following.to_bytes())

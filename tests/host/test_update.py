@@ -36,7 +36,7 @@ def server(host: Host, offered: Publisher) -> Iterator[RepositoryServer]:
         yield running
 
 
-@pytest.mark.sfr("FPT_TUD_EXT.1", "FPT_TUD_EXT.2", "FMT_MOF_EXT.1", "FAU_GEN.1")
+@pytest.mark.sfr("FPT_TUD_EXT.1", "FMT_MOF_EXT.1", "FAU_GEN.1")
 def test_a_release_is_taken_kept_and_left_again(
     updates: Updates, server: RepositoryServer, offered: Publisher, guests: Guests
 ) -> None:

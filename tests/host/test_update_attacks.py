@@ -141,7 +141,7 @@ def test_no_epoch_below_the_floor_is_taken(updates: Updates, host: Host, reposit
 
 
 @pytest.mark.long
-@pytest.mark.sfr("FPT_TUD_EXT.1", "FCS_COP.1/Sig", "FAU_GEN.1")
+@pytest.mark.sfr("FPT_TUD_EXT.1", "FPT_TUD_EXT.2", "FCS_COP.1/Sig", "FAU_GEN.1")
 def test_what_is_not_what_was_signed_gets_no_boot_entry(
     updates: Updates, host: Host, offered: Publisher, next_release: releases.Built, repositories: Path
 ) -> None:

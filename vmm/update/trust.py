@@ -15,9 +15,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import msgspec
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from tuf.api import exceptions as tuf_errors
-from tuf.api.metadata import Metadata, Signed, TargetFile
+from tuf.api.metadata import Key, Metadata, Root, Signed, TargetFile
 from tuf.api.metadata import Targets as TufTargets
+from tuf.api.serialization import DeserializationError
 from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
 
 from vmm import atomic
@@ -40,6 +44,8 @@ _LIMITS = UpdaterConfig(
 """More than any repository of ours has; an answer that is longer is an attempt to fill the disk."""
 _MOST_METADATA = 4 << 20
 _MOST_TARGETS = 10_000
+_KEY = ("ecdsa", "ecdsa-sha2-nistp384")
+"""Type and scheme of every key (FCS_COP.1/Sig); python-tuf knows others."""
 _BASE = "metadata/"
 _NAME = re.compile(r"metadata/(?:([0-9]{1,9})\.)?(root|timestamp|snapshot|targets)\.json")
 _LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
@@ -147,9 +153,31 @@ class _Fetcher(FetcherInterface):
             remembered = self._memory / f"{version}.root.json"
             if not remembered.is_file():
                 raise
-            return remembered.read_bytes()
-        self.roots[version] = content
+            content = remembered.read_bytes()
+        else:
+            self.roots[version] = content
+        _check_keys(content)
         return content
+
+
+def _check_keys(content: bytes) -> None:
+    """Refuse a root that names any other kind of key than ours; whether it is a root at all is for TUF to say."""
+    try:
+        keys = Metadata[Root].from_bytes(content).signed.keys.values()
+    except DeserializationError:
+        return
+    for key in keys:
+        if not _is_p384(key):
+            raise Refused("TUF root", f"key {key.keyid[:16]} ({key.scheme}) is not ECDSA with P-384 and SHA-384")
+
+
+def _is_p384(key: Key) -> bool:
+    try:
+        public = load_pem_public_key(str(key.keyval.get("public", "")).encode())
+    except (ValueError, UnsupportedAlgorithm):
+        return False
+    curve = public.curve if isinstance(public, ec.EllipticCurvePublicKey) else None
+    return (key.keytype, key.scheme) == _KEY and isinstance(curve, ec.SECP384R1)
 
 
 def _read(work: Path, moment: Moment) -> Trusted:
