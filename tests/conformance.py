@@ -23,6 +23,7 @@ class State(enum.Enum):
 
     PASSED = "passed"
     FAILED = "failed"
+    PARTLY = "partly"
     NOT_RUN = "not run"
     NO_TEST = "no test"
 
@@ -56,12 +57,13 @@ class Report(msgspec.Struct, frozen=True):
 
 
 def state_of(outcomes: Sequence[str]) -> State:
-    """Join the outcomes of a requirement's tests: one failure outweighs all, one not run the rest."""
+    """Join the outcomes of a requirement's tests: one failure outweighs all."""
     if not outcomes:
         return State.NO_TEST
     if "failed" in outcomes:
         return State.FAILED
-    return State.PASSED if all(outcome == "passed" for outcome in outcomes) else State.NOT_RUN
+    passed = outcomes.count("passed")
+    return State.PASSED if passed == len(outcomes) else State.PARTLY if passed else State.NOT_RUN
 
 
 def line_of(requirement: Requirement, found: Sequence[Result]) -> Line:
@@ -107,7 +109,7 @@ def markdown(report: Report) -> str:
         passed = sum(outcome == "passed" for outcome in line.tests.values())
         tests = f"{passed}/{len(line.tests)}" if line.tests else "-"
         text.append(f"| {line.id:{width}} | {line.claim:11} | {line.state.value:7} | {tests:5} | {line.name} |")
-    text += ["", "## ESR", "", 'Requirements claimed, by result; "no test" and "not run" prove nothing.', ""]
+    text += ["", "## ESR", "", 'Requirements claimed, by result; only "passed" proves anything.', ""]
     for bullet in report.esr:
         counted = ", ".join(f"{bullet.states[s.value]} {s.value}" for s in State if s.value in bullet.states)
         text.append(f"- {bullet.id} ({counted or 'nothing claimed'}): {bullet.text}")

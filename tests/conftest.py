@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from tests.harness.host import Host
 from tests.harness.image import Files, Image
 from tests.harness.machine import Hardware
 from tests.harness.seed import Identity, configuration, identities, seed_credential
-from tests.results import Result, Results
+from tests.results import NOT_RUN, Result, Results
 from vmm.errors import UserError
 
 _TEST_FOLDER = Path("build/test")
@@ -31,6 +31,7 @@ class Recorder:
         self._properties: dict[str, dict[str, list[str]]] = {}
         self._outcomes: dict[str, str] = {}
         self._durations: dict[str, float] = {}
+        self._left_out: list[Result] = []
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -43,6 +44,13 @@ class Recorder:
             # Reports carry these from the processes that run the tests to the one that records them.
             item.user_properties.append(("sfr", ids))
             item.user_properties.append(("markers", sorted({marker.name for marker in item.iter_markers()})))
+
+    def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
+        """Remember what is left out of this run."""
+        self._left_out += [
+            Result(item.nodeid, NOT_RUN, 0.0, requirement_ids(item), sorted({m.name for m in item.iter_markers()}))
+            for item in items
+        ]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Join set-up, call and tear-down of a test: a failure in any of them is the test's."""
@@ -72,7 +80,7 @@ class Recorder:
         except UserError:
             image = ""
         if found:
-            results.save(results.merge(results.load(), Results(image, found)))
+            results.save(results.merge(results.load(), Results(image, found + self._left_out)))
 
 
 def requirement_ids(item: pytest.Item) -> list[str]:

@@ -1,4 +1,4 @@
-"""A disk that loses unflushed writes when the power goes, and that can be made to fail (nbdkit)."""
+"""A disk that loses unflushed writes when the power goes (nbdkit)."""
 
 from __future__ import annotations
 
@@ -15,22 +15,13 @@ class DiskServer:
     """
 
     def __init__(self, image: Path, socket: Path, log: Path) -> None:
-        self._failing = socket.with_suffix(".failing")
         self._process = Guarded(
-            ["nbdkit", "--foreground", "--unix", socket, "--filter=error", "--filter=cache", "file", image.resolve(),
-             "cache=writeback", "error=EIO", "error-rate=100%", f"error-file={self._failing}"],
+            ["nbdkit", "--foreground", "--unix", socket, "--filter=cache", "file", image.resolve(), "cache=writeback"],
             log,
             # The cache is a deleted file here, next to the image: /tmp may be memory.
             env={"TMPDIR": str(image.resolve().parent)},
-        )  # fmt: skip
+        )
         self._process.wait_ready(socket.exists)
-
-    def fail(self, failing: bool) -> None:
-        """Answer every request with an I/O error from now on, or stop doing so."""
-        if failing:
-            self._failing.touch()
-        else:
-            self._failing.unlink(missing_ok=True)
 
     def kill(self) -> None:
         """Lose everything that was not flushed."""

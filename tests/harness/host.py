@@ -182,27 +182,6 @@ class Host:
 
     # -- faults --------------------------------------------------------------------------------------------------
 
-    def pause(self) -> None:
-        """Stop all processors."""
-        self.qmp.execute("stop")
-
-    def resume(self) -> None:
-        """Let the processors go on."""
-        self.qmp.execute("cont")
-
-    def fail_disk(self, failing: bool = True) -> None:
-        """Let every request to the disk fail, as if it were pulled out, or mend it.
-
-        Raises: ValueError without ``faulty_disk``.
-        """
-        if not self._disk:
-            raise ValueError("fail_disk needs a host with faulty_disk=True")
-        self._disk.fail(failing)
-
-    def cut_link(self, network: str, cut: bool = True) -> None:
-        """Take the carrier from the card of "management" or "operational", or give it back."""
-        self.qmp.execute("set_link", {"name": network, "up": not cut})
-
     def plug_stick(self, content: Path) -> None:
         """Put a stick with this raw content into the USB port; the host sees it some time later. Raises: QmpError."""
         self.qmp.execute("blockdev-add", stick_node(content))
@@ -221,18 +200,6 @@ class Host:
         except QmpError:
             return False
         return True
-
-    def snapshot(self, name: str) -> None:
-        """Keep disk, variables, TPM and memory inside this machine's own files; it runs on."""
-        devices = {"tag": name, "vmstate": "disk", "devices": ["disk", "variables"]}
-        self.qmp.run_job("snapshot-save", f"save-{name}", devices, 120)
-
-    def revert(self, name: str) -> None:
-        """Go back to a snapshot; connections to the host break. Raises: QmpError when there is none."""
-        devices = {"tag": name, "vmstate": "disk", "devices": ["disk", "variables"]}
-        self._close()
-        self.qmp.run_job("snapshot-load", f"load-{name}", devices, 120)
-        self.qmp.execute("cont")
 
     # -- conversation --------------------------------------------------------------------------------------------
 

@@ -92,27 +92,6 @@ class Qmp:
             if "event" in message:
                 self._events.append(message)
 
-    def forget_events(self) -> None:
-        """Drop every event that came so far, so that wait_event sees only later ones."""
-        self.execute("query-status")  # Collects what is already on its way.
-        self._events.clear()
-
-    def run_job(self, command: str, job: str, arguments: dict[str, Any], seconds: float) -> None:
-        """Run a command that makes a background job and wait for the job's end.
-
-        Raises: QmpError with the job's error; Expired.
-        """
-
-        def ended(event: Event) -> bool:
-            return bool(event["data"]["id"] == job and event["data"]["status"] == "concluded")
-
-        self.execute(command, {"job-id": job, **arguments}, seconds=seconds)
-        self.wait_event("JOB_STATUS_CHANGE", seconds, matches=ended)
-        error = next(j.get("error") for j in self.execute("query-jobs") if j["id"] == job)
-        self.execute("job-dismiss", {"id": job})
-        if error:
-            raise QmpError(f"{command}: {error}")
-
     def close(self) -> None:
         """Close the connection; QEMU runs on."""
         self._socket.close()

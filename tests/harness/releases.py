@@ -1,4 +1,4 @@
-"""Further releases of the image for tests of updates, and the repository that offers them."""
+"""Further releases of the image for tests of updates."""
 
 from __future__ import annotations
 

@@ -47,6 +47,17 @@ def test_without_a_certificate_there_is_the_banner_and_nothing_else(host: Host) 
     assert stranger.request("GET", "/v1/no-such-thing").status == 401
 
 
+@pytest.mark.sfr("FTP_ITC_EXT.1", "FTP_TRP.1")
+def test_nothing_of_a_request_is_readable_on_the_wire(host: Host, admin: Api) -> None:
+    """The captured packets of the management network hold TLS, and neither a path, a name nor an answer."""
+    admin.call("POST", "/v1/volumes", {"name": "read-me-if-you-can", "size": 1 << 20})
+    assert admin.call("GET", "/v1/volumes/read-me-if-you-can")["name"] == "read-me-if-you-can"
+    captured = (host.files.directory / "management.pcap").read_bytes()
+    assert b"\x16\x03\x01" in captured, "no TLS handshake was captured"
+    for text in (b"read-me-if-you-can", b"/v1/", b"HTTP/1.1", b"holdfast"):
+        assert text not in captured, text
+
+
 @pytest.mark.sfr("FIA_UIA_EXT.1", "FIA_UAU.5", "FIA_X509_EXT.1")
 def test_a_foreign_certificate_gets_no_answer_and_is_on_record(host: Host, admin: Api, workdir: Path) -> None:
     """A certificate with an administrator's name but another key fails in the handshake; the trail has the origin."""

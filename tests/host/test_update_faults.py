@@ -22,7 +22,6 @@ from tests.harness.waiting import poll
 
 MIB = 1 << 20
 OFFERED, LARGE = "0.1.9", "0.9.9"
-_STATE = "/var/lib/holdfast/update"
 _APPLIED = "/run/holdfast/config.json"
 _FILLER = "/var/lib/holdfast/filler"
 _FIGURES = "([0-9]+) bytes are needed, ([0-9]+) are free, ([0-9]+) are missing"

@@ -42,7 +42,7 @@ def required(tmp_path: Path) -> Path:
     [
         ([], State.NO_TEST),
         (["passed"], State.PASSED),
-        (["passed", "skipped"], State.NOT_RUN),
+        (["passed", "skipped"], State.PARTLY),
         (["skipped"], State.NOT_RUN),
         (["passed", "failed", "skipped"], State.FAILED),
     ],
@@ -155,6 +155,17 @@ def test_the_recorder_writes_every_outcome(project: pytest.Pytester) -> None:
     }
     assert found["test_good"].sfr == ["FAU_GEN.1", "FCS_COP.1/Hash"]
     assert found["test_good"].markers == ["sfr"]
+
+
+def test_what_a_run_leaves_out_is_on_record_but_replaces_nothing(project: pytest.Pytester) -> None:
+    def outcomes() -> dict[str, str]:
+        return {r.nodeid.split("::")[1]: r.outcome for r in results.load(project.path / results.RESULTS).results}
+
+    project.makepyfile(PROJECT)
+    project.runpytest("-k", "good")
+    assert outcomes() == {"test_good": "passed", "test_breaks_afterwards": "not run", "test_skips": "not run"}
+    project.runpytest("-k", "skips")
+    assert outcomes() == {"test_good": "passed", "test_breaks_afterwards": "not run", "test_skips": "skipped"}
 
 
 def test_an_unknown_requirement_stops_the_run(project: pytest.Pytester) -> None:

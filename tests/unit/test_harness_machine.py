@@ -183,8 +183,6 @@ def test_a_disk_server_serves_and_stops(tmp_path: Path) -> None:
     (tmp_path / "disk.raw").write_bytes(bytes(1 << 20))
     server = DiskServer(tmp_path / "disk.raw", tmp_path / "nbd", tmp_path / "nbdkit.log")
     assert (tmp_path / "nbd").is_socket()
-    server.fail(True)
-    server.fail(False)
     server.stop()
     server.kill()
 

@@ -23,7 +23,7 @@ RUNS_PROGRAMS = {
     "image/builder/__main__.py": "replaces itself by the command in the tools tree",
     "tests/harness/guest_agent.py": "runs alone on the host under test, where vmm.process may be what is broken",
     "tests/bench/inside.py": "the same: runs on the host under test, here to measure",
-    "tests/run.py": "types into our own command line at a terminal (pexpect)",
+    "tests/harness/workstation.py": "types into our own command line at a terminal (pexpect)",
     "tests/unit/test_cli_console.py": "gives our command line a terminal as its three standard files",
     "tests/unit/test_volumes.py": "gives the converter a socket as standard input, as systemd does",
 }

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from tests.harness.seed import configuration, make_identity
-from tests.run import FINGERPRINT
+from tests.harness.workstation import FINGERPRINT
 from vmm.cli.client import normal_fingerprint
 from vmm.config import load
 from vmm.console.__main__ import drawing

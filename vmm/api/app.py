@@ -99,7 +99,7 @@ class Api:
             params = {"caller": _caller(request), "args": arguments}
             if route.kind == "console":
                 if not web.WebSocketResponse().can_prepare(request).ok:
-                    raise HttpError(426, "a console is a WebSocket", hint="use `holdfast machine console`")
+                    raise HttpError(426, "a console is a WebSocket", hint="use `holdfast vm console`")
                 async with await wire.open_call(self._core, route.method, params) as channel:
                     return await console(request, channel, request[_ID], self.consoles)
             if route.kind == "upload":

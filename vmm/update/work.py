@@ -48,9 +48,7 @@ class Work:
             extra["passed_over"] = [error.message for _, error in chosen.passed_over][:16]
             version = chosen.release.version if chosen.release else ""
             extra["version"] = version
-            store.change(
-                checked=rfc3339(self._env.now()), available=version, source=name, overridden=override_expiry
-            )
+            store.change(checked=rfc3339(self._env.now()), available=version, source=name, overridden=override_expiry)
             if chosen.release is None:
                 _raise_if_attacked(chosen.passed_over)
 
