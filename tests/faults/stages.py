@@ -53,8 +53,9 @@ class Update:
             publisher = Publisher(releases.FOLDER / "offered-staged")
             publisher.publish(RUNNING)
             publisher.publish(self.release.folder)
-            folder.mkdir(parents=True)
-            shutil.copytree(publisher.folder, folder / "repository")
+            unfinished = folder.with_suffix(".unfinished")
+            shutil.copytree(publisher.folder, unfinished / "repository")
+            unfinished.rename(folder)
         return folder
 
     def serve(self, host: Host) -> RepositoryServer:

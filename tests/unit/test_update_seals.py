@@ -26,11 +26,19 @@ def public() -> tuple[bytes, bytes]:
     )
 
 
-def header(*pems: bytes) -> bytes:
-    texts = [base64.b64encode(pem).decode() for pem in pems]
+NOW, LATER = b"1" * 32, b"2" * 32
+"""Values of PCR 7."""
+
+
+def header(*pems: bytes, pcr7: bytes = NOW) -> bytes:
     tokens: dict[str, object] = {
-        str(number): {"type": "systemd-tpm2", "keyslots": [str(number + 1)], "tpm2_pubkey": text}
-        for number, text in enumerate(texts)
+        str(number): {
+            "type": "systemd-tpm2",
+            "keyslots": [str(number + 1)],
+            "tpm2_pubkey": base64.b64encode(pem).decode(),
+            "tpm2-policy-hash": policy.of_seal(pem, pcr7) if pem.startswith(b"---") else "",
+        }
+        for number, pem in enumerate(pems)
     }
     tokens["9"] = {"type": "systemd-recovery", "keyslots": ["0"]}
     return msgspec.json.encode({"keyslots": {}, "tokens": tokens, "config": {"json_size": "12288"}})
@@ -39,16 +47,40 @@ def header(*pems: bytes) -> bytes:
 def test_what_is_sealed_to_another_key_goes() -> None:
     (old_der, old), (new_der, new) = public(), public()
     found = seals.parse(header(old, new, old))
-    assert [seal.token for seal in seals.outdated(found, new_der)] == ["0", "2"]
-    assert [seal.keyslots for seal in seals.outdated(found, old_der)] == [("2",)]
+    assert [seal.token for seal in seals.outdated(found, new_der, policy.of_seal(new, NOW))] == ["0", "2"]
+    assert [seal.keyslots for seal in seals.outdated(found, old_der, policy.of_seal(old, NOW))] == [("2",)]
 
 
 def test_the_last_way_in_stays() -> None:
-    (_, old), (new_der, _) = public(), public()
-    with pytest.raises(Refused, match="not sealed to the present policy key"):
-        seals.outdated(seals.parse(header(old)), new_der)
+    """A seal to the present policy key is not one if it wants what PCR 7 does not hold (after a change of db)."""
+    (_, old), (new_der, new) = public(), public()
+    present = policy.of_seal(new, NOW)
+    for found in (header(old), header(), header(old, new, pcr7=LATER)):
+        with pytest.raises(Refused, match="not sealed to the present policy key and PCR 7"):
+            seals.outdated(seals.parse(found), new_der, present)
+
+
+def test_what_is_not_sealed_is_sealed_at_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The initrd's marks go, so that it seals again; nothing is taken away before."""
+    (_, old), (_, new) = public(), public()
+    (tmp_path / seals.POLICY_KEY).parent.mkdir(parents=True)
+    (tmp_path / seals.POLICY_KEY).write_bytes(new)
+    (tmp_path / seals.SEALED).mkdir(parents=True)
+    marks = [tmp_path / seals.SEALED / f"0123.{volume}" for volume in seals.VOLUMES]
+    for mark in marks:
+        mark.touch()
+    ran: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> SimpleNamespace:
+        ran.append([str(word) for word in command])
+        return SimpleNamespace(stdout=header(old, new, pcr7=LATER).decode(), returncode=0)
+
+    monkeypatch.setattr(seals, "run", run)
+    monkeypatch.setattr(seals, "_device", lambda root, volume: Path("/dev", volume))
     with pytest.raises(Refused, match="not sealed"):
-        seals.outdated(seals.parse(header()), new_der)
+        seals.renew(NOW, tmp_path)
+    assert [mark.exists() for mark in marks] == [False, True]
+    assert all("luksDump" in command for command in ran)
 
 
 @pytest.mark.parametrize("text", [b"{", b"[]", b'{"tokens":{"x":{"type":"systemd-tpm2"}}}', header(b"no key")])

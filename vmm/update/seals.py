@@ -26,6 +26,7 @@ from vmm.update.errors import Refused
 LAYER = "seals"
 VOLUMES = ("data", "audit")
 POLICY_KEY = "usr/share/holdfast/pcr.pem"
+SEALED = "var/lib/holdfast/sealed"
 MOST = 5
 """Seals to a volume. Six fit into a header's 12 KiB of JSON, besides a recovery key; one is left for a policy key."""
 _TPM = "systemd-tpm2"
@@ -74,23 +75,35 @@ def _public(pem: bytes) -> bytes:
     return load_pem_public_key(pem).public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
 
-def outdated(seals: Sequence[Seal], key: bytes) -> list[Seal]:
-    """The seals to take away, where only ``key`` (DER) counts. Raises: Refused when none to that key would be left."""
-    if not any(seal.key == key for seal in seals):
-        raise Refused(LAYER, "a volume is not sealed to the present policy key yet; its old seals stay")
+def outdated(seals: Sequence[Seal], key: bytes, present: str) -> list[Seal]:
+    """The seals to take away, where only those of ``key`` (DER) count.
+
+    Raises: Refused when the policy ``present``, by which the TPM opens a volume in this start, is not among these.
+    """
+    if not any(seal.key == key and seal.policy == present for seal in seals):
+        raise Refused(LAYER, "a volume is not sealed to the present policy key and PCR 7 yet; its old seals stay")
     return [seal for seal in seals if seal.key != key]
 
 
-def renew(root: Path = ROOT) -> list[str]:
+def renew(pcr7: bytes, root: Path = ROOT) -> list[str]:
     """Take away from all volumes what is sealed to other policy keys than the running system's.
 
-    Returns: what was taken away, in words. Raises: Refused; CommandFailed.
+    Arguments: ``pcr7`` is what PCR 7 holds. Returns: what was taken away, in words. Raises: Refused, and then the next
+    start seals what is not sealed; CommandFailed; OSError.
     """
-    key = _public((root / POLICY_KEY).read_bytes())
+    pem = (root / POLICY_KEY).read_bytes()
+    key, present = _public(pem), policy.of_seal(pem, pcr7)
     done = []
     for volume in VOLUMES:
         device = _device(root, volume)
-        for seal in outdated(_read(device), key):
+        try:
+            gone = outdated(_read(device), key, present)
+        except Refused:
+            # The mark by which the initrd knows that it has sealed to a policy key says nothing of PCR 7.
+            for mark in (root / SEALED).glob(f"*.{volume}"):
+                mark.unlink()
+            raise
+        for seal in gone:
             _remove(device, seal)
             done.append(f"{volume}: token {seal.token}")
     return done

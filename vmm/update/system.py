@@ -209,7 +209,7 @@ class HostSystem:
 
     def renew_seals(self) -> list[str]:
         """See System."""
-        return seals.renew(self._root)
+        return seals.renew(trusted.pcr7(self._root), self._root)
 
     def unsealed(self, pcr7: Iterable[bytes]) -> list[str]:
         """See System."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -154,7 +155,12 @@ class Work:
                 )
                 keys = self._keys.pending
                 env.store.change(installed=None, keys=None if keys and keys.version == verdict.version else keys)
-            self._keys.go_on()
+        try:
+            with named_errors():
+                self._keys.go_on()
+        except UserError as error:
+            # No reason to give up a version that is kept: every start tries again.
+            print(f"update: the change of keys: {error.message}", file=sys.stderr, flush=True)
         return verdict
 
     def bless(self) -> Verdict:
