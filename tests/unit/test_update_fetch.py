@@ -250,6 +250,8 @@ class Fetcher:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.started = 0
+        self._connections: list[socket.socket] = []
         self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listening.bind(str(path))
         self._listening.listen()
@@ -265,7 +267,14 @@ class Fetcher:
             threading.Thread(target=self._fetch, args=(connection,), daemon=True).start()
 
     def _fetch(self, connection: socket.socket) -> None:
+        self.started += 1
+        self._connections.append(connection.dup())
         asyncio.run(fetch.serve(connection))
+
+    def end_all(self) -> None:
+        """What a limit of the unit does."""
+        for connection in self._connections:
+            connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._listening.shutdown(socket.SHUT_RDWR)
@@ -291,6 +300,10 @@ def test_a_repository_through_the_fetcher(certificate: tuple[Path, str], tmp_pat
             list(source.read("metadata/9.root.json", limit=100))
         stored = "metadata/1.root.json"
         assert b"".join(source.read(stored, limit=1 << 20, offset=10)) == repository.root_json[10:]
+        assert fetcher.started == 1, "one fetcher serves reads that follow each other"
+        fetcher.end_all()
+        assert b"".join(source.read(stored, limit=1 << 20)) == repository.root_json, "another takes its place"
+        assert fetcher.started == 2
         with pytest.raises(Refused, match="length"):
             list(source.read(stored, limit=100))
         return trust.refresh(source, repository.root_json, tmp_path / "memory", Moment(SECONDS, "clock"))

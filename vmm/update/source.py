@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import socket
 import stat
 from collections.abc import Callable, Generator, Iterator
@@ -125,8 +126,7 @@ class HttpSource:
         """See Source."""
         request = FetchRequest(f"{self.name}/{checked_path(path)}", offset, limit, self._proxy, self._ca)
         with ExitStack() as broken_off:
-            connection = broken_off.enter_context(self._idle or self._connect())
-            self._idle = None
+            connection = broken_off.enter_context(self._connection())
             self._ask(connection, request)
             result = yield from self._answer(connection, path, limit)
             broken_off.pop_all()
@@ -136,6 +136,15 @@ class HttpSource:
             raise Missing(f"{self.name} has no file {path} (status {result.status})")
         if result.status not in (200, 206):
             raise Unavailable(f"{self.name} answered {path} with status {result.status}")
+
+    def _connection(self) -> socket.socket:
+        idle, self._idle = self._idle, None
+        if idle and not select.select([idle], [], [], 0)[0]:
+            return idle
+        if idle:
+            # There is nothing to read but that its fetcher has ended.
+            idle.close()
+        return self._connect()
 
     def _connect(self) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
