@@ -19,8 +19,8 @@ from tests.harness.updates import Updates, slot
 class Kind:
     """``begin`` sets a host going that stands at ``stage``.
 
-    ``longest`` is a little more than the step's seconds on the slowest machine that this runs on. ``share`` of all
-    cuts is of this kind, in percent.
+    ``longest`` is a little more than the step takes, in seconds of a machine with KVM. ``share`` of all cuts is of this
+    kind, in percent.
     """
 
     name: str
@@ -44,18 +44,18 @@ def _go_on(update: Update, host: Host) -> None:
     """On trial it is on its way already."""
 
 
-WRITING = Kind("writing", "staged", _apply, 14.0, 60)
+WRITING = Kind("writing", "staged", _apply, 1.75, 60)
 KINDS = (
-    Kind("download", "offered", _download, 14.0, 16),
+    Kind("download", "offered", _download, 1.75, 16),
     WRITING,
-    Kind("first start", "installed", restart, 60.0, 12),
-    Kind("gate and keeping", "trial", _go_on, 45.0, 12),
+    Kind("first start", "installed", restart, 7.5, 12),
+    Kind("gate and keeping", "trial", _go_on, 6.0, 12),
 )
 
 
 @dataclass(frozen=True)
 class Cut:
-    """``seconds`` after the beginning of a step of the kind, the power goes."""
+    """``seconds`` (of a machine with KVM) after the beginning of a step of the kind, the power goes."""
 
     kind: Kind
     seconds: float
@@ -85,7 +85,7 @@ def cut(update: Update, one: Cut, workdir: Path) -> Iterator[tuple[Host, Found]]
         with host:
             with update.serve(host):
                 one.kind.begin(update, host)
-                time.sleep(one.seconds)
+                time.sleep(one.seconds * host.acceleration.scale)
                 host.power_cut()
             yield host, inspect(host.files.flat_disk, RUNNING, update.release.folder, workdir)
     finally:
