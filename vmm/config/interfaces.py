@@ -39,12 +39,17 @@ def present() -> dict[str, str]:
 
 
 def is_named(name: str) -> bool:
-    """Whether udev is done with an interface, which it may rename until then (its file is named by the index)."""
+    """Whether udev is done with an interface, which it may rename until then.
+
+    Its entry, named by the interface's index, is there just before that already, and says so: a name that was taken
+    for the last one then belongs to nobody later, and the host would be without a network.
+    """
     try:
         index = (paths.ROOT / "sys/class/net" / name / "ifindex").read_text().strip()
-    except OSError:
+        entry = (paths.ROOT / "run/udev/data" / f"n{index}").read_text()
+    except (OSError, UnicodeDecodeError):
         return False
-    return (paths.ROOT / "run/udev/data" / f"n{index}").exists()
+    return "E:ID_RENAMING=1" not in entry.splitlines()
 
 
 def resolve(interface: str, interfaces: Mapping[str, str]) -> str | None:
