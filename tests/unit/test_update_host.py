@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -13,14 +12,12 @@ from vmm.update import host
 
 
 def test_the_host_as_its_files_say(tmp_path: Path) -> None:
-    for folder in ("etc", "proc/sys/kernel/random", "usr/share/holdfast"):
+    for folder in ("etc", "proc/sys/kernel/random"):
         (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "etc/os-release").write_text('ID=debian\nIMAGE_VERSION="1.2.3"\nHOLDFAST_EPOCH=2\n')
+    (tmp_path / "etc/os-release").write_text('ID=debian\nIMAGE_VERSION="1.2.3"\nHOLDFAST_EPOCH=2\nHOLDFAST_BUILT=1000\n')
     (tmp_path / "proc/cmdline").write_text(f"initrd=x roothash={'ab' * 32} ro\n")
     (tmp_path / "etc/machine-id").write_text("c" * 32 + "\n")
     (tmp_path / "proc/sys/kernel/random/boot_id").write_text("boot\n")
-    (tmp_path / "usr/share/holdfast/root.json").write_text("{}")
-    os.utime(tmp_path / "usr/share/holdfast/root.json", (1000, 1000))
     assert host.running(tmp_path) == host.Running("1.2.3", 2, "ab" * 32, 1000, "c" * 32, "boot")
     (tmp_path / "proc/cmdline").write_text("ro\n")
     with pytest.raises(UserError, match="no image with a root hash"):
