@@ -14,7 +14,7 @@ from vmm.update import host
 def test_the_host_as_its_files_say(tmp_path: Path) -> None:
     for folder in ("etc", "proc/sys/kernel/random"):
         (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "etc/os-release").write_text('ID=debian\nIMAGE_VERSION="1.2.3"\nHOLDFAST_EPOCH=2\nHOLDFAST_BUILT=1000\n')
+    (tmp_path / "etc/os-release").write_text('IMAGE_VERSION="1.2.3"\nHOLDFAST_EPOCH=2\nHOLDFAST_BUILT=1000\n')
     (tmp_path / "proc/cmdline").write_text(f"initrd=x roothash={'ab' * 32} ro\n")
     (tmp_path / "etc/machine-id").write_text("c" * 32 + "\n")
     (tmp_path / "proc/sys/kernel/random/boot_id").write_text("boot\n")
