@@ -43,13 +43,12 @@ class Recorder:
                 raise pytest.UsageError(f"{item.nodeid}: sfr marker names no requirement: {', '.join(unknown)}")
             # Reports carry these from the processes that run the tests to the one that records them.
             item.user_properties.append(("sfr", ids))
-            item.user_properties.append(("markers", sorted({marker.name for marker in item.iter_markers()})))
+            item.user_properties.append(("markers", marker_names(item)))
 
     def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
         """Remember what is left out of this run."""
         self._left_out += [
-            Result(item.nodeid, NOT_RUN, 0.0, requirement_ids(item), sorted({m.name for m in item.iter_markers()}))
-            for item in items
+            Result(item.nodeid, NOT_RUN, 0.0, requirement_ids(item), marker_names(item)) for item in items
         ]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -81,6 +80,11 @@ class Recorder:
             image = ""
         if found:
             results.save(results.merge(results.load(), Results(image, found + self._left_out)))
+
+
+def marker_names(item: pytest.Item) -> list[str]:
+    """The names of a test's markers."""
+    return sorted({marker.name for marker in item.iter_markers()})
 
 
 def requirement_ids(item: pytest.Item) -> list[str]:

@@ -30,23 +30,23 @@ class Kind:
     share: int
 
 
-def _download(update: Update, host: Host) -> None:
-    host.agent.set_clock()
-    Updates(host, update.admin).begin("download")
+def _ordered(job: str) -> Callable[[Update, Host], None]:
+    """What has the updater begin a job."""
 
+    def begin(update: Update, host: Host) -> None:
+        host.agent.set_clock()
+        Updates(host, update.admin).begin(job)
 
-def _apply(update: Update, host: Host) -> None:
-    host.agent.set_clock()
-    Updates(host, update.admin).begin("apply")
+    return begin
 
 
 def _go_on(update: Update, host: Host) -> None:
     """On trial it is on its way already."""
 
 
-WRITING = Kind("writing", "staged", _apply, 1.75, 60)
+WRITING = Kind("writing", "staged", _ordered("apply"), 1.75, 60)
 KINDS = (
-    Kind("download", "offered", _download, 1.75, 16),
+    Kind("download", "offered", _ordered("download"), 1.75, 16),
     WRITING,
     Kind("first start", "installed", restart, 7.5, 12),
     Kind("gate and keeping", "trial", _go_on, 6.0, 12),

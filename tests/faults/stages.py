@@ -96,8 +96,7 @@ def _try(update: Update, host: Host) -> None:
 def restart(update: Update, host: Host) -> None:
     """Have the host restart, and wait until it does."""
     host.agent.set_clock()
-    host.api(update.admin).call("POST", "/v1/host/reboot", seconds=120)
-    host.wait_reset()
+    Updates(host, update.admin).restart()
 
 
 _STAGES: dict[str, tuple[str, Callable[[Update, Host], None]]] = {

@@ -52,10 +52,14 @@ class Updates:
         status = self.status()
         return status if status["phase"] in ("idle", "staged", "installed") else None
 
-    def reboot(self) -> None:
-        """Restart the host and wait until its API answers again."""
+    def restart(self) -> None:
+        """Have the host restart, and wait until it does."""
         self.api.call("POST", "/v1/host/reboot", seconds=120)
         self.host.wait_reset()
+
+    def reboot(self) -> None:
+        """Restart the host and wait until its API answers again."""
+        self.restart()
         self.host.wait_ready(self.admin, 120)
 
     def take(self) -> None:

@@ -21,10 +21,10 @@ from tests.harness.seed import Identity
 from tests.harness.stream import Console
 from tests.harness.updates import Updates
 from tests.harness.waiting import Expired, poll
+from tests.harness.workstation import GUEST
 
 RUNNING = Path("build/image/release")
 """The release that hosts under test run."""
-GUEST_DISK = Path("build/test/guests/linux.raw")
 MEMORY = 256 << 20
 
 
@@ -37,7 +37,7 @@ class Guests:
 
     def create(self, name: str, *, networks: list[str] | None = None, **more: Any) -> Any:
         """A stopped machine on a volume of its own, with ``more`` in its specification; the API's view of it."""
-        self.api.call("PUT", f"/v1/volumes/{name}-disk/content?format=raw", GUEST_DISK.read_bytes(), seconds=60)
+        self.api.call("PUT", f"/v1/volumes/{name}-disk/content?format=raw", GUEST.read_bytes(), seconds=60)
         spec = {
             "name": name,
             "cpus": 1,

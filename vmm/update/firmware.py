@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmm.paths import ROOT
 from vmm.update.errors import Refused
 
 LAYER = "firmware"
-EFIVARS = ROOT / "sys/firmware/efi/efivars"
+EFIVARS = "sys/firmware/efi/efivars"
 IMAGE_SECURITY = "d719b2cb-3d3a-4596-a3bc-dad00e67656f"
 GLOBAL = "8be4df61-93ca-11d2-aa0d-00e098032b8c"
 DB = f"db-{IMAGE_SECURITY}"
@@ -48,7 +47,7 @@ class Firmware:
     dbx: Signatures
 
 
-def read(efivars: Path = EFIVARS) -> Firmware:
+def read(efivars: Path) -> Firmware:
     """The firmware's lists. Raises: Refused when they cannot be read or make no sense."""
     enforced = variable(efivars / f"SecureBoot-{GLOBAL}")
     return Firmware(

@@ -36,17 +36,15 @@ def check(uki: Path, firmware: Firmware) -> str:
     if len(signatures) > _MOST_SIGNATURES:
         raise Refused(LAYER, f"the UKI has {len(signatures)} signatures")
     for signature in signatures:
-        for certificate in _certificates(signature):
-            _check_not_revoked(certificate, firmware.dbx)
+        for signing in _certificates(signature):
+            _check_not_revoked(signing, firmware.dbx)
     if digest in firmware.db.hashes:
         return "its hash in db"
     if not firmware.db.certificates and not firmware.secure_boot:
         return "nobody: Secure Boot is off and db is empty"
-    for der in sorted(firmware.db.certificates):
-        if _verifies(uki, der):
-            certificate = _load(der)
-            _check_not_revoked(certificate, firmware.dbx)
-            return f"{certificate.subject.rfc4514_string()} in db"
+    if der := certificate(uki, sorted(firmware.db.certificates)):
+        _check_not_revoked(_load(der), firmware.dbx)
+        return f"{subject(der)} in db"
     raise Refused(
         LAYER,
         f"no certificate of the firmware's db ({len(firmware.db.certificates)}) has signed the UKI",

@@ -205,7 +205,7 @@ class HostSystem:
 
     def check_signer(self, uki: Path) -> str:
         """See System."""
-        return signer.check(uki, firmware.read(self._root / trusted.EFIVARS))
+        return signer.check(uki, firmware.read(self._root / firmware.EFIVARS))
 
     def renew_seals(self) -> list[str]:
         """See System."""
@@ -226,11 +226,11 @@ class HostSystem:
 
     def db(self) -> bytes:
         """See System."""
-        return firmware.variable(self._root / trusted.EFIVARS / firmware.DB)
+        return firmware.variable(self._root / firmware.EFIVARS / firmware.DB)
 
     def extend_db(self, addition: Addition) -> None:
         """See System."""
-        trusted.extend(self._root / trusted.EFIVARS / firmware.DB, addition)
+        trusted.extend(self._root / firmware.EFIVARS / firmware.DB, addition)
 
     @contextmanager
     def base(self, part: str, size: int | None) -> Iterator[mmap]:

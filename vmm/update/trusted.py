@@ -13,7 +13,6 @@ from vmm.update.addition import ATTRIBUTES, Addition, check_signed
 from vmm.update.errors import Refused
 
 LAYER = "Secure Boot keys"
-EFIVARS = "sys/firmware/efi/efivars"
 _LOG = "sys/kernel/security/tpm0/binary_bios_measurements"
 _REGISTERS = "sys/class/tpm/tpm0/pcr-sha256"
 _LOADER = "efi/EFI/BOOT/BOOTX64.EFI"
@@ -40,7 +39,7 @@ def foresee(root: Path, running: Path, uki: Path, addition: Addition | None) -> 
     Returns: None if nothing changes: nothing is added and the same certificate vouches for both UKIs, or the firmware
     enforces nothing. Raises: Refused when nothing can be foreseen here; CommandFailed.
     """
-    efivars = root / EFIVARS
+    efivars = root / firmware.EFIVARS
     if not firmware.read(efivars).secure_boot:
         return None
     db = firmware.variable(efivars / firmware.DB)
