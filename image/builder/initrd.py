@@ -22,6 +22,11 @@ from image.builder.layout import SOURCE_DATE_EPOCH, Layout
 from vmm.errors import die
 from vmm.process import run
 
+_NULL_CIPHER = "crypto_null."
+"""The module of ciphers that encrypt nothing. The header of a volume is not authenticated: one that was changed on the
+disk to name such a cipher would have the TPM open a genuine volume over content that anybody can write and read.
+"""
+
 _LIBRARIES = ("usr/lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu/systemd", "usr/lib/systemd", "usr/lib")
 
 
@@ -130,6 +135,9 @@ def _copy_modules(root: Path, patterns: Iterable[str], tree: Path) -> None:
             die(f"image/initrd/modules: the kernel has no module {pattern}")
         for name in files:
             wanted |= {name, *depends[name]}
+    known = [*wanted, *(root / base / "modules.builtin").read_text().split()]
+    if any(Path(name).name.startswith(_NULL_CIPHER) for name in known):
+        die("the initrd would have the null cipher, with which volumes can be forged")
     for name in sorted(wanted):
         target = tree / base / name.removesuffix(".xz")
         target.parent.mkdir(parents=True, exist_ok=True)

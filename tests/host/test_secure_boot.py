@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ from signing.keys import KeySet, make_development_keys
 from tests.harness import firmware, releases
 from tests.harness.agent import agent_credentials
 from tests.harness.ceremony import make_release_keys
-from tests.harness.checkpoint import Checkpoint, fresh, switched_off
+from tests.harness.checkpoint import Checkpoint, fresh, ready_with_agent, switched_off
 from tests.harness.host import Host
 from tests.harness.image import Files, Image, open_disk
 from tests.harness.machine import Hardware
@@ -27,6 +29,18 @@ from vmm.process import run
 STARTED = "EFI stub: UEFI Secure Boot is enabled"
 ENROLLED = "Custom Secure Boot keys successfully enrolled"
 _EROFS_SUPERBLOCK = 1024
+_LUKS_HEADER = 16 << 20
+_SECRETS = """
+import pathlib
+files = [pathlib.Path("/var/lib", place, "pair") for place in ("holdfast", "holdfast-audit")]
+result = [[file.read_text(), file.stat().st_mode & 0o777, file.stat().st_uid] for file in files]
+"""
+_FORGET = """
+import os
+for path in argument:
+    os.unlink(path)
+os.sync()
+"""
 
 
 def _serial(files: Files) -> str:
@@ -128,6 +142,85 @@ def test_volumes_stay_closed_to_an_image_without_the_policy_key(
         host.serial.expect("Failed to unseal", 12)
         host.wait_reset(8)
         assert not host.api().reachable(0.5)
+
+
+def _volume(disk: Path, name: str) -> gpt.Partition:
+    with disk.open("rb") as file:
+        found = gpt.read(file).find(f"holdfast-{name}")
+    assert found, f"no volume {name}"
+    return found
+
+
+def _headers(disk: Path) -> set[str]:
+    """What the volumes' key slots and tokens are, whatever the partitions are called."""
+    volumes = [_volume(disk, name) for name in ("data", "audit")]
+    return {hashlib.sha256(gpt.read_partition(disk, volume, _LUKS_HEADER)).hexdigest() for volume in volumes}
+
+
+def _refused(host: Host, unit: str) -> None:
+    host.serial.expect(f"Failed to start {unit}", 25)
+    host.wait_reset(8)
+    assert not host.api().reachable(0.5)
+
+
+def test_a_volume_in_the_other_s_place_is_refused(booted: Checkpoint, installed: Files) -> None:
+    """The labels of data and audit partition exchanged: the console names the volume, and no key slot is changed."""
+    open_disk(installed)
+    disk = installed.flat_disk
+    before = _headers(disk)
+    numbers = {name: _volume(disk, name).number for name in ("data", "audit")}
+    for name, other in (("data", "audit"), ("audit", "data")):
+        run(["sfdisk", "--quiet", "--part-label", disk, str(numbers[name]), f"holdfast-{other}"])
+    with Host(installed, smbios=booted.smbios, faulty_disk=True) as host:
+        _refused(host, "holdfast-label@(data|audit).service")
+    assert _headers(disk) == before
+
+
+def test_volumes_of_two_installations_are_refused(
+    booted: Checkpoint, installed: Files, built_image: Image, workdir: Path
+) -> None:
+    """One installation's audit volume beside the next one's data volume, both sealed by the same TPM: the console says
+    that they do not belong together. No recovery key is enrolled, though the data volume asks for one."""
+    first, disk = workdir / "first.raw", installed.flat_disk
+    open_disk(installed)
+    disk.rename(first)
+    built_image.write_test_disk(disk)
+    os.truncate(disk, first.stat().st_size)
+    with Host(installed, smbios=booted.smbios, faulty_disk=True) as host:
+        ready_with_agent(host)
+        host.agent.python(_FORGET, ["/var/lib/holdfast/recovery/audit.key"])
+        host.power_cut()
+        old, new = _volume(first, "audit"), _volume(disk, "audit")
+        assert (old.offset, old.size) == (new.offset, new.size)
+        place = [f"--offset={new.offset}", f"--length={new.size}"]
+        run(["fallocate", "--punch-hole", *place, disk])
+        flags = ["iflag=skip_bytes,count_bytes", "oflag=seek_bytes", "conv=notrunc,sparse", "bs=1M"]
+        place = [f"skip={old.offset}", f"seek={new.offset}", f"count={old.size}"]
+        run(["dd", f"if={first}", f"of={disk}", *flags, *place])
+        before = _headers(disk)
+        host.power_on()
+        _refused(host, "holdfast-pair.service")
+    assert _headers(disk) == before
+    first.unlink()
+
+
+def test_volumes_without_a_secret_get_one_together(faulty_host: Host) -> None:
+    """Those of a release that knew none do at their next start. Where one volume has a secret, the other gets none."""
+    host = faulty_host
+    before = host.agent.python(_SECRETS)
+    host.agent.python(_FORGET, ["/var/lib/holdfast/pair", "/var/lib/holdfast-audit/pair"])
+    host.power_cut()
+    host.power_on()
+    ready_with_agent(host)
+    after = host.agent.python(_SECRETS)
+    for data, audit in (before, after):
+        assert data == audit
+        assert data[1:] == [0o600, 0]
+    assert before != after
+    host.agent.python(_FORGET, ["/var/lib/holdfast/pair"])
+    host.power_cut()
+    host.power_on()
+    _refused(host, "holdfast-pair-keep.service")
 
 
 def test_a_release_under_release_keys_ignores_the_test_extension(
