@@ -1,10 +1,9 @@
-"""The initrd changes key slots of genuine volumes only: what its units ask of the volumes before, and power cuts."""
+"""The initrd changes key slots of genuine volumes only: what its units ask of the volumes before."""
 
 from __future__ import annotations
 
 import re
 import shlex
-import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,12 +46,8 @@ def words(values: Sequence[str]) -> set[str]:
 # -- the secret that both volumes hold -----------------------------------------------------------------------------
 
 
-class PowerCut(Exception):
-    """The next command is not run any more."""
-
-
 class Volumes:
-    """The two volumes, mounted under a folder in place of /sysroot, and the units that look at their secrets."""
+    """The two volumes, mounted under a folder in place of /sysroot, and the unit that looks at their secrets."""
 
     def __init__(self, folder: Path) -> None:
         self.data, self.audit = folder / "var/lib/holdfast", folder / "var/lib/holdfast-audit"
@@ -60,88 +55,33 @@ class Volumes:
         for place in (self.data, self.audit):
             place.mkdir(parents=True)
 
-    def start(self, cut: int | None = None) -> str:
-        """Start the host. Returns: the unit that failed, or "". Raises: PowerCut before the command of that number."""
-        left = cut
-        for name in ("holdfast-pair-make.service", "holdfast-pair-keep.service", "holdfast-pair.service"):
-            unit = {key: [self._placed(value) for value in values] for key, values in settings(name).items()}
-            if not self._holds(unit, "Condition"):
-                continue
-            if not self._holds(unit, "Assert"):
-                return name
-            for command in unit["ExecStart"]:
-                if left == 0:
-                    raise PowerCut
-                left = left and left - 1
-                if run(shlex.split(command), check=False, timeout=10).returncode != 0:
-                    return name
-        return ""
-
-    def _placed(self, text: str) -> str:
-        return text.replace("/sysroot", str(self._folder))
-
-    def _holds(self, unit: Mapping[str, list[str]], kind: str) -> bool:
-        checks = [f"{key}={value}" for key, values in unit.items() if key.startswith(kind) for value in values]
-        return not checks or run(["systemd-analyze", "condition", *checks], check=False).returncode == 0
-
-    @property
-    def secrets(self) -> tuple[str, str]:
-        """What the volumes hold, "" where there is none."""
-        return (read(self.data / "pair"), read(self.audit / "pair"))
-
-
-def read(path: Path) -> str:
-    """A file's content; "" where there is none."""
-    return path.read_text() if path.exists() else ""
+    def start(self) -> bool:
+        """Start the host. Returns: whether the unit lets it go on."""
+        unit = {
+            key: [value.replace("/sysroot", str(self._folder)) for value in values]
+            for key, values in settings("holdfast-pair.service").items()
+        }
+        assert not any(key.startswith("Condition") for key in unit), "a check that may be left out"
+        asserted = [f"{key}={value}" for key, values in unit.items() if key.startswith("Assert") for value in values]
+        if run(["systemd-analyze", "condition", *asserted], check=False).returncode != 0:
+            return False
+        return all(
+            run(shlex.split(command), check=False, timeout=10).returncode == 0 for command in unit["ExecStart"]
+        )
 
 
 @pytest.fixture
 def volumes(tmp_path: Path) -> Volumes:
-    """Volumes without secrets, as releases made them that knew none."""
+    """Volumes without secrets."""
     return Volumes(tmp_path / "sysroot")
-
-
-def test_volumes_without_secrets_get_one_over_a_power_cut_at_any_point(volumes: Volumes) -> None:
-    """Cut twice before any command, the next start is a good one, and what was valid once stays as it is."""
-    for cut in range(len([c for unit in ("make", "keep") for c in commands(f"holdfast-pair-{unit}.service")]) + 1):
-        for place in (volumes.data, volumes.audit):
-            shutil.rmtree(place)
-            place.mkdir()
-        for _ in range(2):
-            before = volumes.secrets
-            try:
-                assert volumes.start(cut) == ""
-            except PowerCut:
-                assert all(now == then for now, then in zip(volumes.secrets, before, strict=True) if then)
-        left, valid = read(volumes.data / "pair.new"), read(volumes.audit / "pair")
-        assert volumes.start() == ""
-        data, audit = volumes.secrets
-        assert re.fullmatch(r"[0-9a-f-]{36}\n", data)
-        assert data == audit
-        assert valid in ("", data), "the audit volume took another secret"
-        assert valid or data != left, "a secret was made of what a power cut had left"
-        for place in (volumes.data, volumes.audit):
-            assert [entry.name for entry in place.iterdir()] == ["pair"]
-            assert (place / "pair").stat().st_mode & 0o777 == 0o600
-
-
-def test_a_rename_follows_a_sync_and_is_synced() -> None:
-    """Otherwise a power cut could leave a name without its content."""
-    for unit, other in (("make", "data"), ("keep", "")):
-        steps = [(Path(program).name, *arguments) for program, *arguments in commands(f"holdfast-pair-{unit}.service")]
-        (number,) = (number for number, step in enumerate(steps) if step[0] == "mv")
-        source, target = steps[number][1:]
-        assert steps[number + 1] == ("sync", str(Path(target).parent))
-        # What keep renames, make has synced together with its own.
-        assert not other or {"sync", source, "/sysroot/var/lib/holdfast/pair.new"} == set(steps[number - 1])
 
 
 def test_volumes_of_one_host_start(volumes: Volumes) -> None:
     """And nothing is written to them."""
     for place in (volumes.data, volumes.audit):
         (place / "pair").write_text(OWN)
-    assert volumes.start(cut=1) == ""
-    assert volumes.secrets == (OWN, OWN)
+    assert volumes.start()
+    assert [entry.read_text() for place in (volumes.data, volumes.audit) for entry in place.iterdir()] == [OWN, OWN]
 
 
 @pytest.mark.parametrize(
@@ -149,21 +89,18 @@ def test_volumes_of_one_host_start(volumes: Volumes) -> None:
     [
         ({"pair": OTHER}, {"pair": OWN}),
         ({"pair": OTHER}, {}),
-        ({"pair": OTHER}, {"pair.new": OTHER}),
         ({}, {"pair": OWN}),
-        ({"pair.new": OTHER}, {"pair": OWN}),
+        ({}, {}),
         ({"pair": ""}, {"pair": ""}),
         ({"pair": ""}, {"pair": OWN}),
         ({"pair": "-> ../holdfast-audit/pair"}, {"pair": OWN}),
-        ({"pair.new": "-> ../holdfast-audit/pair"}, {"pair": OWN}),
         ({"": "-> holdfast-audit"}, {"pair": OWN}),
         ({"pair": OWN}, {"pair": "-> ../holdfast/pair"}),
-        ({"pair.new": OWN}, {"pair": "-> ../holdfast/pair.new"}),
         ({"pair": "-> /proc/version"}, {"pair": "-> /proc/version"}),
     ],
 )
 def test_volumes_of_two_hosts_are_refused(volumes: Volumes, data: dict[str, str], audit: dict[str, str]) -> None:
-    """However somebody made the other one: no secret is given to a volume that has one, or taken from it."""
+    """However somebody made the other one; also volumes without a secret, which nobody made together."""
     for place, files in ((volumes.data, data), (volumes.audit, audit)):
         for name, content in files.items():
             if not name:
@@ -172,12 +109,7 @@ def test_volumes_of_two_hosts_are_refused(volumes: Volumes, data: dict[str, str]
                 (place / name if name else place).symlink_to(content.removeprefix("-> "))
             else:
                 (place / name).write_text(content)
-    for _ in range(2):
-        assert volumes.start().startswith("holdfast-pair")
-        for place, files in ((volumes.data, data), (volumes.audit, audit)):
-            secret = place / "pair"
-            if not secret.is_symlink() and not place.is_symlink():
-                assert read(secret) == files.get("pair", ""), "a volume took a secret"
+    assert not volumes.start()
 
 
 # -- what the units are --------------------------------------------------------------------------------------------
