@@ -15,6 +15,7 @@ from tests.requirements import Requirements
 from vmm.audit.events import EVENTS
 from vmm.audit.records import Actor, Clock, Object, Producer, Record
 from vmm.audit.registry import Event, Registry, Serves
+from vmm.audit.rows import ARGS
 from vmm.errors import UserError, main
 
 PENDING = Path(__file__).with_name("audit_pending.yaml")
@@ -72,6 +73,15 @@ NAMES = {
     "network_component": "extra.args",
 }
 """What the requirements call a field → where a record has it; what is not here is an own field of the same name."""
+
+_FORM = """\
+A record is one line of JSON: keys sorted, no blanks, UTF-8, no floats. `holdfast audit list --json` prints the lines as
+they are stored, `holdfast audit list` one line for people, with the titles in quotes below."""
+_TYPES = """\
+The audit daemon takes a record only if its type is one of these, from a producer that the type names, with its phases,
+object and fields; not every record has every field. Intents of calls to core have the call's arguments as the API takes
+them in `args` (map). When audit begins anew, the daemon closes what was left open: outcomes of its own, whose field
+`intent` is the number of the record that they close."""
 
 
 class Pending(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -145,8 +155,7 @@ def page(required: Requirements, registry: Registry, pending: list[Pending]) -> 
         "",
         "Made by `python3 -m tests.audit_events` from `vmm/audit/events.py`; a test fails when it is not up to date.",
         "",
-        ("A record is one line of JSON: keys sorted, no blanks, UTF-8, no floats. `holdfast audit list --json` prints "
-        "the lines as they are stored, `holdfast audit list` one line for people, with the titles in quotes below."),
+        _FORM,
         "",
         "## Fields of every record",
         "",
@@ -156,9 +165,7 @@ def page(required: Requirements, registry: Registry, pending: list[Pending]) -> 
         "",
         "## Types",
         "",
-        ("The audit daemon takes a record only if its type is one of these, from a producer that the type names, with "
-        "its phases, object and fields; not every record has every field. When a host starts anew, the daemon closes "
-        "what was left open: outcomes of its own, whose field `intent` is the number of the record that they close."),
+        _TYPES,
     ]
     ordered = sorted(registry, key=lambda type_: type_.type)
     for family, types in groupby(ordered, lambda type_: type_.type.partition(".")[0]):
@@ -167,8 +174,9 @@ def page(required: Requirements, registry: Registry, pending: list[Pending]) -> 
             about = [", ".join(type_.phases), f"by {' and '.join(type_.producers)}"]
             about += [f"object: {type_.object}"] if type_.object else []
             text += ["", f'`{type_.type}` "{type_.title}": {type_.meaning} ({"; ".join(about)})']
-            text += [""] if type_.fields else []
-            text += [f"- `{name}` ({field.kind}): {field.meaning}" for name, field in type_.fields.items()]
+            own = {name: field for name, field in type_.fields.items() if name not in ARGS}
+            text += [""] if own else []
+            text += [f"- `{name}` ({field.kind}): {field.meaning}" for name, field in own.items()]
     text += ["", "## Requirements", "", "What each audit event of a claimed requirement is recorded as.", ""]
     text += ["| requirement | event | types |", "|---|---|---|"]
     reasons = {one.key: one.reason for one in pending}

@@ -25,6 +25,10 @@ RECORD: dict[str, Any] = {
         ({"phase": "intent", "outcome": "pending"}, "alice@10.0.2.2:4711 begin start machine web"),
         ({"phase": "outcome", "outcome": "success"}, "alice@10.0.2.2:4711 done start machine web"),
         ({"outcome": "failure", "reason": "no room"}, "alice@10.0.2.2:4711 FAILED start machine web: no room"),
+        (
+            {"type": "config.applied", "object": {"kind": "configuration", "name": "the stored configuration"}},
+            'note apply configuration "the stored configuration"',
+        ),
         ({"request": "0123456789"}, "note start machine web #01234567"),
         ({"object": {"kind": "machine", "id": "u-1", "name": ""}}, "note start machine u-1"),
         ({"type": "tls.handshake", "object": {}, "extra": {"suppressed": 6}}, "note TLS handshake [suppressed=6]"),

@@ -219,7 +219,7 @@ _OF_GUESTS = (
 _OF_HOST = (
     Event(
         type="config.applied",
-        title="apply configuration from",
+        title="apply configuration",
         meaning="The configure step takes a configuration for this start.",
         producers=HOST,
         object="configuration",
@@ -228,7 +228,7 @@ _OF_HOST = (
     ),
     Event(
         type="config.refused",
-        title="apply configuration from",
+        title="apply configuration",
         meaning="The configure step found no configuration, or one that is wrong.",
         producers=HOST,
         object="configuration",

@@ -28,7 +28,7 @@ def line(record: Mapping[str, Any]) -> str:
     known = EVENTS.get(str(record.get("type", "")))
     mark = _MARKS.get((str(record.get("phase")), str(record.get("outcome"))), "FAILED")
     name = str(thing.get("name") or thing.get("id") or "")
-    what = f"{known.title if known else record.get('type', _NONE)} {name}".rstrip()
+    what = f"{known.title if known else record.get('type', _NONE)} {_value(name)}".rstrip()
     if reason := str(record.get("reason", "")):
         what = f"{what}: {reason}"
     # Version 1 did not say.

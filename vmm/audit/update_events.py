@@ -104,7 +104,7 @@ UPDATE_EVENTS = (
     change("update.cancel", "cancel update", "The updater is to give up what it does."),
     Event(
         type="update.trial",
-        title="gate tries the audit trail of",
+        title="gate tries the audit trail",
         meaning="The health gate of a version on trial sees whether records are taken.",
         producers=HOST,
         object="host",
@@ -136,7 +136,7 @@ UPDATE_EVENTS = (
     ),
     Event(
         type="update.seals",
-        title="remove seals of older epochs than",
+        title="remove seals of older epochs",
         meaning="What could not be removed when the version was kept was tried again.",
         producers=HOST,
         object="release",
@@ -147,7 +147,7 @@ UPDATE_EVENTS = (
     ),
     Event(
         type="update.keys",
-        title="change firmware keys for",
+        title="change firmware keys",
         meaning="The firmware's db is to grow by the certificate that a release announced, or that has to wait.",
         producers=HOST,
         phases=("intent", "outcome", "event"),
