@@ -27,6 +27,20 @@ class Claim(msgspec.Struct, frozen=True):
     reason: str
 
 
+class AuditEvent(msgspec.Struct, frozen=True):
+    """An event that has to be on record, and what its record has to say beside the base fields."""
+
+    event: str
+    extra_fields: list[str]
+
+
+class RecordField(msgspec.Struct, frozen=True):
+    """A base field of every record, as the requirements call it."""
+
+    name: str
+    meaning: str
+
+
 class Requirement(msgspec.Struct, frozen=True):
     """A security functional requirement; the file's other fields are for people."""
 
@@ -35,13 +49,15 @@ class Requirement(msgspec.Struct, frozen=True):
     kind: str
     esr: list[str]
     claim: Claim
+    audit_events: list[AuditEvent] = []
 
 
 class Requirements(msgspec.Struct, frozen=True):
-    """The file's parts that the conformance report joins with results."""
+    """The file's parts that reports and tests join with what there is."""
 
     esr: list[Bullet]
     sfrs: list[Requirement]
+    audit_record_fields: list[RecordField] = []
 
     def ids(self) -> frozenset[str]:
         """The names that a test's sfr marker may give."""

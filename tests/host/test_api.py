@@ -155,6 +155,11 @@ def test_every_request_is_on_record_and_the_chain_verifies(
     assert deleted[-2:] == [("intent", "pending", "admin", "v1"), ("outcome", "success", "admin", "v1")]
     assert all(r["actor"]["origin"] for r in trail if r["type"].startswith("volume."))
     assert [r["seq"] for r in trail] == list(range(1, len(trail) + 1))
+    # Nothing that the host's own processes wrote was refused as not registered, and the trail says which host it is of.
+    assert not [r for r in trail if r["type"] == "audit.refused"]
+    about = next(r for r in reversed(trail) if r["type"] == "audit.start")["extra"]
+    assert about["host"] and about["root_hash"] == admin.call("GET", "/v1/version")["root_hash"], about
+    assert {r["clock"]["source"] for r in trail} <= {"host", "ntp"}
 
     raw = host.agent.python(
         """

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import msgspec
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
@@ -21,6 +22,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 
 from vmm import wire
 from vmm.api.daemon import Daemon, Settings
+from vmm.audit.client import Entry
+from vmm.audit.events import EVENTS
 from vmm.errors import Unavailable
 
 Handler = Callable[[wire.Request, wire.Channel], Awaitable[Any]]
@@ -141,6 +144,7 @@ async def rig(directory: Path, *administrators: Identity) -> AsyncIterator[Rig]:
     async def audit(request: wire.Request, _: wire.Channel) -> dict[str, int]:
         if running[0].audit_down:
             raise Unavailable("the audit store is full")
+        EVENTS.check(msgspec.convert(request.params, Entry), "holdfast-api")
         running[0].entries.append(request.params)
         return {"seq": len(running[0].entries)}
 

@@ -17,8 +17,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from tests.unit.test_api_rig import ALICE, Identity, Rig, configuration, identity, rig
 from vmm.api import connection, listener, tls
-from vmm.api.throttle import Throttle
 from vmm.audit.client import AuditClient, Entry
+from vmm.audit.throttle import Throttle
 from vmm.errors import UserError
 from vmm.process import run, spawn
 
@@ -149,7 +149,7 @@ def test_throttle_lets_records_through_again_with_time() -> None:
             return 1
 
     async def check() -> None:
-        throttle = Throttle(Audit(), burst=2, interval=0.1)
+        throttle = Throttle(Audit().append, "test", burst=2, interval=0.1)
         for number in range(5):
             throttle.report(Entry(type="test.x", reason=str(number)))
         async with asyncio.timeout(5):

@@ -5,29 +5,35 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tests.harness.waiting import poll
 from vmm import wire
 from vmm.audit import verify
 from vmm.audit.client import AuditClient, Entry
-from vmm.audit.records import Producer, parse
-from vmm.audit.server import PRODUCERS, Client, Journal, Service
+from vmm.audit.events import EVENTS
+from vmm.audit.records import Producer, Record, parse
+from vmm.audit.registry import Unit
+from vmm.audit.server import PRODUCERS, Journal, Service
 from vmm.audit.store import Store
 from vmm.errors import Forbidden, NotFound, Unavailable, UserError
 from vmm.process import spawn
 
 OWN = Producer(903, "holdfast-audit")
 ME = os.geteuid()
-CORE = Client("holdfast-core", ("test.", "audit.", "Bad"))
+CORE: Unit = "holdfast-core"
+EVENT = "machine.unknown"
+"""What core may write at any time."""
 
 
 @contextmanager
@@ -37,7 +43,7 @@ def daemon(root: Path) -> Iterator[int]:
     for directory in (socket.parent, root / "var/lib/holdfast-audit"):
         directory.mkdir(parents=True, exist_ok=True)
     socket.unlink(missing_ok=True)
-    client = "{s.pwd.getpwuid(os.geteuid()).pw_name: s.Client('test', ('',))}"
+    client = "{s.pwd.getpwuid(os.geteuid()).pw_name: 'holdfast-core'}"
     code = f"import vmm.audit.server as s, os; s.PRODUCERS = {client}; s.run()"
     process = spawn([sys.executable, "-c", code], env={"HOLDFAST_ROOT": str(root)})
     try:
@@ -66,7 +72,7 @@ def test_no_acknowledged_record_is_lost_by_kill(tmp_path: Path) -> None:
     async def load(worker: int, kill: int) -> None:
         for number in range(100_000):
             request = f"{kill}.{worker}.{number}"
-            acknowledged[await client(tmp_path).append(Entry(type="test.load", request=request))] = request
+            acknowledged[await client(tmp_path).append(Entry(type=EVENT, request=request))] = request
 
     async def one(kill: int) -> None:
         with daemon(tmp_path) as pid:
@@ -116,10 +122,10 @@ def test_start_stop_and_interrupted_intents(tmp_path: Path) -> None:
         ("audit.stop", "event", ""),
     ]
     with pytest.raises(Unavailable, match="does not answer"):
-        audit.append_sync(Entry(type="test.gone"))
+        audit.append_sync(Entry(type=EVENT))
 
 
-def serve(directory: Path, producers: dict[int, Client], readers: set[int]) -> tuple[Journal, Service]:
+def serve(directory: Path, producers: dict[int, Unit], readers: set[int]) -> tuple[Journal, Service]:
     journal = Journal(Store(directory, producer=OWN, boot="boot"))
     return journal, Service(journal, OWN, producers, frozenset(readers))
 
@@ -133,27 +139,28 @@ def test_the_kernel_says_who_calls(tmp_path: Path) -> None:
             audit = AuditClient(socket)
             async with await wire.serve(socket, service.handle):
                 with pytest.raises(Unavailable):
-                    await audit.append(Entry(type="test.early"))
+                    await audit.append(Entry(type=EVENT))
                 await service.open()
                 if readers:
-                    assert await audit.append(Entry(type="test.x", extra={"a": 1})) == 2
+                    assert await audit.append(Entry(type=EVENT)) == 2
                     page = await audit.read(1, 10)
                     assert page["next"] is None
                     assert page["records"][0]["producer"] == {"uid": ME, "unit": "holdfast-core"}
                     with pytest.raises(Unavailable, match="holdfast-core does not write api.unauthenticated"):
                         await audit.append(Entry(type="api.unauthenticated"))
-                    for entry in (Entry(type="audit.stop"), Entry(type="test.x", extra={"f": 0.5}), Entry(type="Bad")):
+                    wrong = {"args": {"f": 0.5}}
+                    for entry in (Entry(type="audit.stop"), Entry(type="machine.stop", extra=wrong), Entry(type="Bad")):
                         with pytest.raises(Unavailable, match="refused"):
                             await audit.append(entry)
                     with pytest.raises(UserError, match="limit"):
                         await audit.read(0, 1001)
                     with pytest.raises(UserError, match="unknown field"):
-                        await wire.call(socket, "append", {"type": "test.x", "seq": 7})
+                        await wire.call(socket, "append", {"type": EVENT, "seq": 7})
                     with pytest.raises(NotFound):
                         await wire.call(socket, "purge")
                 else:
                     with pytest.raises(Unavailable, match="may not write"):
-                        await audit.append(Entry(type="test.x"))
+                        await audit.append(Entry(type=EVENT))
                     with pytest.raises(Forbidden, match="may not read"):
                         await audit.read(0, 10)
             committing.cancel()
@@ -177,7 +184,7 @@ def test_concurrent_appends_share_a_sync_and_the_loop_lives(tmp_path: Path, monk
         monkeypatch.setattr(os, "fdatasync", slow)
         journal, _ = serve(tmp_path, {}, set())
         committing = asyncio.create_task(journal.run())
-        appends = asyncio.gather(*(journal.append(Entry(type="test.x"), OWN) for _ in range(300)))
+        appends = asyncio.gather(*(journal.append(Entry(type=EVENT), OWN) for _ in range(300)))
         while not appends.done():
             await asyncio.sleep(0.001)
             ticks += 1
@@ -200,7 +207,7 @@ def test_a_broken_store_ends_the_daemon(tmp_path: Path, monkeypatch: pytest.Monk
 
         monkeypatch.setattr(os, "fdatasync", fails)
         with pytest.raises(Unavailable, match="Input/output"):
-            await journal.append(Entry(type="test.x"), OWN)
+            await journal.append(Entry(type=EVENT), OWN)
         await asyncio.wait_for(committing, 1)
         journal.store.close()
 
@@ -231,7 +238,7 @@ def test_timeout_is_unavailable(tmp_path: Path) -> None:
 
         server = await wire.serve(tmp_path / "s", never)
         with pytest.raises(Unavailable, match="within 0.05 s"):
-            await AuditClient(tmp_path / "s", timeout=0.05).append(Entry(type="test.x"))
+            await AuditClient(tmp_path / "s", timeout=0.05).append(Entry(type=EVENT))
         server.close()
 
     asyncio.run(run())
@@ -239,9 +246,114 @@ def test_timeout_is_unavailable(tmp_path: Path) -> None:
 
 def test_what_core_decides_only_core_records() -> None:
     methods = json.loads(Path("vmm/core/permissions.json").read_text())
-    core, others = PRODUCERS["holdfast-core"], [PRODUCERS["holdfast-api"], PRODUCERS["root"]]
     for method in methods:
-        assert method.startswith(core.types), method
-        forgers = [client.unit for client in others if method.startswith(client.types)]
+        event = EVENTS.get(method)
+        assert event is not None
         # The updater records its own part of what core orders; a captured API can record none of it.
-        assert forgers == (["holdfast-host"] if method.startswith("update.") else []), method
+        also = {"holdfast-host"} if "holdfast-host" in event.producers else set()
+        assert set(event.producers) == {"holdfast-core"} | also, method
+        assert not also or method.startswith("update."), method
+    assert set(PRODUCERS.values()) == {"holdfast-api", "holdfast-core", "holdfast-host"}
+
+
+@asynccontextmanager
+async def service(directory: Path, unit: Unit | None = None) -> AsyncIterator[tuple[Service, AuditClient]]:
+    """A service that takes us for a producer, or for nobody, and a client of it; it is closed in order."""
+    journal, made = serve(directory, {ME: unit} if unit else {}, set())
+    committing = asyncio.create_task(journal.run())
+    await made.open()
+    try:
+        async with await wire.serve(directory / "audit.sock", made.handle):
+            yield made, AuditClient(directory / "audit.sock")
+    finally:
+        await made.close()
+        committing.cancel()
+        journal.store.close()
+
+
+def stored(directory: Path) -> list[Record]:
+    return [parse(line) for file in verify.segments(directory) for line in verify.lines(file)]
+
+
+def test_what_is_refused_is_kept_as_text(tmp_path: Path) -> None:
+    """Neither a producer's mistake nor its capture costs evidence, and the refused record counts for nothing."""
+    intent = Entry(type="machine.start", phase="intent", outcome="pending", request="r1")
+    forged = (
+        (Entry(type="machine.start", phase="outcome", request="r1"), "holdfast-api does not write machine.start"),
+        (Entry(type="tls.handshake", extra={"colour": "red"}), "tls.handshake: extra.colour: not a field of this type"),
+        (Entry(type="tls.handshake", reason="x" * 40_000), "tls.handshake: longer than"),
+        (Entry(type="Bad"), r"Expected `str` matching regex"),
+    )
+
+    async def run() -> None:
+        async with service(tmp_path, "holdfast-core") as (_, audit):
+            await audit.append(intent)
+        async with service(tmp_path, "holdfast-api") as (_, audit):
+            for entry, says in forged:
+                with pytest.raises(Unavailable, match=says):
+                    await audit.append(entry)
+
+    asyncio.run(run())
+    refused = [record for record in stored(tmp_path) if record.type == "audit.refused"]
+    for record, (entry, says) in zip(refused, forged, strict=True):
+        EVENTS.check(record, "holdfast-audit")
+        assert (record.outcome, record.actor.id, record.producer) == ("failure", "holdfast-api", OWN)
+        assert re.search(says, record.reason)
+        assert (record.extra["unit"], record.extra["uid"], record.extra["method"]) == ("holdfast-api", ME, "append")
+        sent = json.dumps(msgspec.to_builtins(entry), separators=(",", ":"))
+        assert record.extra["entry"] == sent[:2000]
+    # The forged outcome closed nothing: the daemon did, when it started anew.
+    closed = [record for record in stored(tmp_path) if (record.type, record.phase) == ("machine.start", "outcome")]
+    assert [(record.reason, record.producer) for record in closed] == [("interrupted", OWN)]
+
+
+def test_refusals_cannot_fill_the_store(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with service(tmp_path) as (_, audit):
+            for _ in range(40):
+                with pytest.raises(Unavailable, match="may not write"):
+                    await audit.append(Entry(type=EVENT))
+            with pytest.raises(Forbidden, match="may not read"):
+                await audit.read(0, 10)
+
+    asyncio.run(run())
+    trail = stored(tmp_path)
+    refused = [record for record in trail if record.type == "audit.refused"]
+    assert len(refused) == 6 and {record.actor.id for record in refused} == {f"uid {ME}"}
+    # The newest is told, with the number of those that are not; and the end of audit comes behind it.
+    assert (refused[-1].extra["method"], refused[-1].extra["suppressed"]) == ("read", 35)
+    assert trail[-1].type == "audit.stop"
+
+
+def test_a_run_that_did_not_end_in_order_is_told_by_the_next(tmp_path: Path) -> None:
+    async def run() -> None:
+        for _ in range(2):
+            async with service(tmp_path):
+                pass
+        journal, made = serve(tmp_path, {}, set())
+        committing = asyncio.create_task(journal.run())
+        await made.open()
+        committing.cancel()
+        journal.store.close()
+        async with service(tmp_path):
+            pass
+
+    asyncio.run(run())
+    said = [(record.type.removeprefix("audit."), record.reason) for record in stored(tmp_path)]
+    orderly = [("start", ""), ("stop", "")]
+    assert said == [*orderly, *orderly, orderly[0], ("recovered", "the last run did not end in order"), *orderly]
+    for record in stored(tmp_path):
+        EVENTS.check(record, "holdfast-audit")
+
+
+def test_the_start_says_which_host_this_is(tmp_path: Path) -> None:
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "etc/machine-id").write_text("0123\n")
+    (tmp_path / "etc/os-release").write_text('IMAGE_VERSION="1.2.3"\n')
+    (tmp_path / "proc/cmdline").write_text(f"quiet roothash={'a' * 64}\n")
+    with daemon(tmp_path):
+        pass
+    (start,) = stored(tmp_path / "var/lib/holdfast-audit")
+    assert start.extra == {"host": "0123", "version": "1.2.3", "root_hash": "a" * 64}
+    EVENTS.check(start, "holdfast-audit")

@@ -79,13 +79,13 @@ def test_an_entry_without_canonical_form_is_refused(fields: dict[str, Any], says
 def test_a_line_has_one_form_only(tmp_path: Path) -> None:
     line = filled(tmp_path, 1)[0].read_bytes()
     other = (
-        (line.replace(b'"v":1', b'"v": 1'), "canonical"),
+        (line.replace(b'"v":2', b'"v": 2'), "canonical"),
         (line.replace(b'"n":0', b'"n":-0'), "canonical"),
         (line.replace(b'"n":0', b'"n":1,"n":0'), "canonical"),
         (line.replace("é".encode(), rb"\u00e9"), "canonical"),
         (b"{" + line[1:-2].split(b",", 1)[1] + b"," + line[1:].split(b",", 1)[0] + b"}\n", "not a record"),
         (line.replace(b'"n":0', b'"n":0.5'), "float"),
-        (line.replace(b'"v":1', b'"v":1,"w":1'), "unknown field"),
+        (line.replace(b'"v":2', b'"v":2,"w":1'), "unknown field"),
         (line.replace(b'"phase":"event"', b'"phase":"intent"'), "does not go with"),
         (line.replace(b'"reason":""', b'"reason":"%s"' % (b"x" * 40_000)), "longer"),
     )
@@ -130,8 +130,8 @@ def test_every_deleted_swapped_doubled_or_spliced_record_is_detected(tmp_path: P
         wrong.append(lines[: i + 1] + lines[i:])
         wrong.append([*lines[:i], foreign[i], *lines[i + 1 :]])
         wrong.append([*lines[:i], lines[i][:-20], *lines[i + 1 :]])
-        wrong.append([*lines[:i], lines[i].replace(b'"v":1', b'"v":1,"w":2'), *lines[i + 1 :]])
-        wrong.append([*lines[:i], lines[i].replace(b'"v":1', b'"v": 1'), *lines[i + 1 :]])
+        wrong.append([*lines[:i], lines[i].replace(b'"v":2', b'"v":2,"w":2'), *lines[i + 1 :]])
+        wrong.append([*lines[:i], lines[i].replace(b'"v":2', b'"v": 2'), *lines[i + 1 :]])
         for j in range(i):
             wrong.append([*lines[:j], lines[i], *lines[j + 1 : i], lines[j], *lines[i + 1 :]])
     for changed in wrong:

@@ -12,6 +12,7 @@ import pytest
 from tests.unit.test_config_rig import MANAGEMENT_MAC, OPERATIONAL_MAC, HostTree, encoded, host_tree
 from vmm import atomic, paths
 from vmm.audit.client import Entry
+from vmm.audit.events import EVENTS
 from vmm.config import apply, load, render, seed
 from vmm.config.types import Failure
 from vmm.errors import Unavailable
@@ -49,6 +50,7 @@ class Host:
     def _record(self, entry: Entry) -> None:
         if not self.audit_works:
             raise Unavailable("the audit daemon went away")
+        EVENTS.check(entry, "holdfast-host")
         self.stored_at_record.append(paths.STORED_CONFIG.exists())
         self.records.append(entry)
 

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import msgspec
 import pytest
 
-from tests.unit.test_core_rig import Core, running
+from tests.unit.test_core_rig import Core, fingerprint, running
 from vmm import wire
 from vmm.audit.client import Entry
 from vmm.core.db import VERSION, Database
@@ -49,7 +49,8 @@ def test_what_the_updater_hears(tmp_path: Path, method: str, args: dict[str, Any
         async with running(tmp_path) as core:
             result = await core.call(f"update.{method}", **args)
             if method not in ("status", "cancel"):
-                actor = {"id": "admin-1", "role": "admin", "origin": "192.0.2.9:4711"}
+                who = {"id": "admin-1", "role": "admin", "certificate": fingerprint("admin")}
+                actor = who | {"origin": "192.0.2.9:4711"}
                 sent.update(caller={"actor": actor, "request": "r1"}, wait=True)
             assert core.updater.calls == [(method, sent)]
             assert msgspec.convert(result, Status) == core.updater.status
@@ -178,6 +179,8 @@ def test_a_restart_stops_guests_first(tmp_path: Path) -> None:
                 ("host.reboot", "outcome", "success"),
             ]
             assert core.audit.entries[1].actor.id == "holdfast" and core.audit.entries[1].object.name == "a"
+            # What was done for the call carries its request.
+            assert {entry.request for entry in core.audit.entries} == {"r1"}
             for name in ("a", "c"):
                 with pytest.raises(Unavailable, match="the host is about to restart"):
                     await core.call("machine.start", name=name)

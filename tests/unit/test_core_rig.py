@@ -18,6 +18,8 @@ import msgspec
 
 from vmm import wire
 from vmm.audit.client import AuditClient, Entry
+from vmm.audit.events import EVENTS
+from vmm.audit.records import check
 from vmm.config.types import Administrator, Configuration, Management, Operational
 from vmm.core.configuration import AppliedConfiguration
 from vmm.core.db import Database
@@ -193,7 +195,10 @@ class FakeHypervisor:
 
 
 class FakeAudit:
-    """An audit daemon that keeps entries in memory; ``refuse_from`` is the number of entries it takes."""
+    """An audit daemon that keeps entries in memory; ``refuse_from`` is the number of entries it takes.
+
+    Like the real one it takes only what is registered for core.
+    """
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
@@ -203,7 +208,10 @@ class FakeAudit:
         if request.method == "append":
             if len(self.entries) >= self.refuse_from:
                 raise Unavailable("the audit store is full")
-            self.entries.append(msgspec.convert(request.params, Entry))
+            entry = msgspec.convert(request.params, Entry)
+            check(entry)
+            EVENTS.check(entry, "holdfast-core")
+            self.entries.append(entry)
             return {"seq": len(self.entries)}
         if request.method == "read":
             return {"records": [{"seq": request.params["after"] + 1}], "next": None}

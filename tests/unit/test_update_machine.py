@@ -18,6 +18,7 @@ import msgspec
 
 from tests.unit.test_update_rig import MIB, SECONDS, Repository, plain
 from vmm.audit.client import Actor, Entry
+from vmm.audit.events import EVENTS
 from vmm.config import gpt
 from vmm.config.devices import Device
 from vmm.update import base, esp, slots
@@ -239,6 +240,8 @@ class World:
         self.env = replace(self.env, recorder=recorder)
 
     def append(self, entry: Entry) -> int:
+        # As it comes out of the frame on its way to the audit daemon.
+        EVENTS.check(msgspec.convert(msgspec.to_builtins(entry), Entry), "holdfast-host")
         self.records.append(entry)
         return len(self.records)
 

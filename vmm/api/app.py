@@ -20,8 +20,8 @@ from vmm.api.answers import HttpError
 from vmm.api.connection import Connection
 from vmm.api.routes import BANNER, ROUTES, Route
 from vmm.api.streams import console, upload
-from vmm.api.throttle import Throttle
 from vmm.audit.client import Actor, Entry
+from vmm.audit.throttle import Throttle
 from vmm.errors import UserError
 
 MAX_BODY = wire.MAX_FRAME - (16 << 10)

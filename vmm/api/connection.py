@@ -11,7 +11,7 @@ import uuid
 from dataclasses import dataclass
 from http import HTTPStatus
 from ssl import SSLObject
-from typing import cast
+from typing import Literal, cast
 
 from aiohttp import web
 
@@ -56,7 +56,7 @@ class Session:
     def __init__(self, audit: AuditClient, identity: Identity, origin: str) -> None:
         self._audit = audit
         self._subject = identity.subject
-        self._actor = Actor(id=identity.fingerprint, origin=origin)
+        self._actor = Actor(id=identity.fingerprint, origin=origin, certificate=identity.fingerprint)
         self._object = Object(kind="session", id=str(uuid.uuid4()))
         self._started = ""
         self._lock = asyncio.Lock()
@@ -76,7 +76,7 @@ class Session:
                 times = {"start_time": self._started, "end_time": _now()}
                 await self._append("session.end", {"subject": self._subject} | times)
 
-    async def _append(self, type_: str, extra: dict[str, str]) -> None:
+    async def _append(self, type_: Literal["session.start", "session.end"], extra: dict[str, str]) -> None:
         await self._audit.append(Entry(type=type_, actor=self._actor, object=self._object, extra=extra))
 
 

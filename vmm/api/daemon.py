@@ -18,8 +18,8 @@ from aiohttp import WSCloseCode, web
 from vmm.api import tls
 from vmm.api.app import Api
 from vmm.api.listener import Listener
-from vmm.api.throttle import Throttle
 from vmm.audit.client import AuditClient
+from vmm.audit.throttle import Throttle
 from vmm.config.types import Configuration
 from vmm.errors import UserError, die
 from vmm.notify import notify
@@ -63,10 +63,11 @@ class Daemon:
         """
         configuration, context = _load(settings, check)
         audit = AuditClient(settings.audit)
-        api = Api(settings.core, Throttle(audit), configuration.banner)
+        api = Api(settings.core, Throttle(audit.append, "api"), configuration.banner)
         runner = web.AppRunner(api.application, access_log=None, shutdown_timeout=_STOP_TIME)
         await runner.setup()
-        listener = Listener(cast(web.Server, runner.server), audit, Throttle(audit), context)
+        failures = Throttle(audit.append, "api")
+        listener = Listener(cast(web.Server, runner.server), audit, failures, context)
         try:
             listener.start(settings.port)
         except OSError as error:

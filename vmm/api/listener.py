@@ -14,8 +14,8 @@ from collections.abc import Callable
 from aiohttp import web
 
 from vmm.api.connection import Connection, begin_quietly
-from vmm.api.throttle import Throttle
 from vmm.audit.client import Actor, AuditClient, Entry
+from vmm.audit.throttle import Throttle
 from vmm.errors import Unavailable
 
 HANDSHAKE = 10.0

@@ -2,6 +2,9 @@
 
 A stored record is one line of canonical JSON: keys sorted, no spaces, UTF-8, no floats. Each line
 names the SHA-384 of the line before it, so an edit anywhere breaks every later link.
+
+Version 2 added ``clock`` and ``actor.certificate``; records of version 1 stay as they are. A release that finds records
+of a later version than its own (the host went back to it) follows their links and their base fields.
 """
 
 from __future__ import annotations
@@ -13,28 +16,32 @@ import msgspec
 
 from vmm.errors import UserError
 
-VERSION = 1
+VERSION = 2
 GENESIS = "0" * 96
 MAX_LINE = 32 << 10
 """Bytes of the longest line; large enough for any record, small enough to bound every buffer."""
 
-START, STOP, RECOVERED, FULL = "audit.start", "audit.stop", "audit.recovered", "audit.full"
-RESERVED = frozenset({START, STOP, RECOVERED, FULL})
-"""Types that only the audit daemon itself writes."""
+START, STOP, RECOVERED, FULL, REFUSED = "audit.start", "audit.stop", "audit.recovered", "audit.full", "audit.refused"
+"""Types that the audit daemon itself writes; all there are stand in vmm.audit.events."""
 
 Phase = Literal["intent", "outcome", "event"]
 Outcome = Literal["success", "failure", "pending"]
 Type = Annotated[str, msgspec.Meta(pattern=r"\A[a-z][a-z0-9-]*(\.[a-z0-9-]+)+\Z", max_length=64)]
+Fingerprint = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 Digest = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{96}\Z")]
 Time = Annotated[str, msgspec.Meta(pattern=r"\A\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z\Z")]
 
 
 class Actor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Who caused the event: an administrator's name or certificate fingerprint, or ``-``."""
+    """Who caused the event: an administrator's name or certificate fingerprint, or ``-``.
+
+    ``certificate`` is the SHA-256 of the certificate that TLS verified, absent where there was none.
+    """
 
     id: str = "-"
     role: str = ""
     origin: str = "local"
+    certificate: Fingerprint | msgspec.UnsetType = msgspec.UNSET
 
 
 class Object(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -50,6 +57,13 @@ class Producer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     uid: int
     unit: str
+
+
+class Clock(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a record's time is worth: who set the clock since the host started, and whether lately (vmm.audit.clock)."""
+
+    source: Literal["ntp", "host"]
+    quality: Literal["synchronised", "holding", "unsynchronised"]
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -71,12 +85,27 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class Record(Entry, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An entry as stored: numbered, timed, attributed and linked to the one before it."""
 
-    v: Literal[1] = 1
+    v: Annotated[int, msgspec.Meta(ge=1)] = VERSION
     seq: Annotated[int, msgspec.Meta(ge=1)]
     prev: Digest
     boot: str
     time: Time
+    clock: Clock | msgspec.UnsetType = msgspec.UNSET
     producer: Producer
+
+
+class _Later(msgspec.Struct, frozen=True):
+    """What every version of a record has; a later one may have more, and other parts in it."""
+
+    v: int
+    seq: Annotated[int, msgspec.Meta(ge=1)]
+    prev: Digest
+    boot: str
+    time: Time
+    type: Type
+    phase: Phase
+    outcome: Outcome
+    request: str
 
 
 _FRAME = 1 << 10
@@ -84,6 +113,7 @@ _FRAME = 1 << 10
 
 _encoder = msgspec.json.Encoder(order="sorted")
 _decoder = msgspec.json.Decoder(Record)
+_later_decoder = msgspec.json.Decoder(_Later)
 
 
 def canonical(value: Any) -> bytes:
@@ -97,7 +127,7 @@ def digest(line: bytes) -> str:
 
 
 def parse(line: bytes) -> Record:
-    """Read a stored line strictly.
+    """Read a stored line strictly; of a later version's record, what every version has.
 
     Raises: ValueError saying why the line is not the canonical form of a record.
     """
@@ -108,12 +138,33 @@ def parse(line: bytes) -> Record:
     try:
         record = _decoder.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        if (later := _later(line)) is not None:
+            return later
         raise ValueError(f"not a record: {error}") from None
-    if problem := _problem_of(record):
+    if problem := _problem_of(record) or _misversioned(record):
         raise ValueError(problem)
     if canonical(record) != line:
         raise ValueError("the line is not in canonical form")
     return record
+
+
+def _later(line: bytes) -> Record | None:
+    """A record of a later version, without what only that version knows; None if the line is something else."""
+    try:
+        found = _later_decoder.decode(line)
+        is_canonical = canonical(msgspec.json.decode(line)) == line
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    if found.v <= VERSION or not is_canonical:
+        return None
+    return Record(**msgspec.structs.asdict(found), producer=Producer(0, ""))
+
+
+def _misversioned(record: Record) -> str | None:
+    timed, certified = record.clock is not msgspec.UNSET, record.actor.certificate is not msgspec.UNSET
+    if record.v == 1 and (timed or certified):
+        return "version 1 has neither clock nor actor.certificate"
+    return None if record.v == 1 or timed else "clock is missing"
 
 
 def check(entry: Entry) -> None:

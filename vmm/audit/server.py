@@ -3,61 +3,44 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import pwd
 import signal
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import msgspec
 
 from vmm import wire
-from vmm.audit.records import RESERVED, START, STOP, Entry, Producer, check
+from vmm.audit.events import EVENTS
+from vmm.audit.records import REFUSED, START, STOP, Actor, Entry, Producer, check
+from vmm.audit.registry import Unit
 from vmm.audit.store import MAX_BATCH, Draft, Store, interrupted_entry, recovered_entry
+from vmm.audit.throttle import Throttle
 from vmm.errors import Forbidden, NotFound, Unavailable, UserError
 from vmm.notify import notify
-from vmm.paths import AUDIT_SOCKET, AUDIT_STORE
+from vmm.paths import AUDIT_SOCKET, AUDIT_STORE, ROOT
+from vmm.release import os_release, root_hash
 
-UNIT = "holdfast-audit"
-
-
-@dataclass(frozen=True)
-class Client:
-    """Who may write records: the name they carry, and the beginnings of the types they may have."""
-
-    unit: str
-    types: tuple[str, ...]
+UNIT: Unit = "holdfast-audit"
 
 
-PRODUCERS = {
-    # What it may say is what it sees itself; of all that core decides, a captured API can forge nothing.
-    "holdfast-api": Client("holdfast-api", ("api.", "session.", "tls.")),
-    "holdfast-core": Client(
-        "holdfast-core",
-        (
-            "audit.read",
-            "config.read",
-            "core.",
-            "gate.",
-            "health.",
-            "host.",
-            "machine.",
-            "recovery.",
-            "update.",
-            "version.",
-            "volume.",
-        ),
-    ),
+PRODUCERS: Mapping[str, Unit] = {
+    "holdfast-api": "holdfast-api",
+    "holdfast-core": "holdfast-core",
     # All that run as root: the configure step, the updater, the gate.
-    "root": Client("holdfast-host", ("config.applied", "config.refused", "update.")),
+    "root": "holdfast-host",
 }
-"""User → what it may write."""
+"""User → the producer that its processes are. What each may write stands in vmm.audit.events."""
 READERS = ("holdfast-core", "root")
 _RETRY = 5.0
 """Seconds between attempts to begin while the store is full."""
+_MOST_REASON = 1000
+_MOST_ENTRY = 2000
+"""Characters of a refused record that are kept."""
 
 _T = TypeVar("_T")
 
@@ -111,13 +94,23 @@ class Service:
     """Answers the calls on the audit socket."""
 
     def __init__(
-        self, journal: Journal, own: Producer, producers: Mapping[int, Client], readers: frozenset[int]
+        self,
+        journal: Journal,
+        own: Producer,
+        producers: Mapping[int, Unit],
+        readers: frozenset[int],
+        about: Mapping[str, str] | None = None,
     ) -> None:
-        """Arguments: the daemon as a producer, the uids that may append, and those that may read."""
+        """Arguments: the daemon as a producer, the uids that may append, those that may read, and what
+        ``audit.start`` says of the host.
+        """
         self._journal = journal
         self._own = own
         self._producers = producers
         self._readers = readers
+        self._about = dict(about or {})
+        # One for each producer and one for all others, so that none can have another's refusals left out.
+        self._refusals: dict[Unit | None, Throttle] = {}
         self._open = False
 
     async def open(self) -> bool:
@@ -127,12 +120,12 @@ class Service:
         """
         store = self._journal.store
         try:
-            if store.recovered:
+            if store.recovered is not None:
                 await self._journal.append(recovered_entry(store.recovered), self._own)
-                store.recovered = 0
+                store.recovered = None
             for intent in await asyncio.to_thread(lambda: list(store.open_intents())):
                 await self._journal.append(interrupted_entry(intent), self._own)
-            await self._journal.append(Entry(type=START), self._own)
+            await self._journal.append(Entry(type=START, extra=self._about), self._own)
         except Unavailable as error:
             print(f"audit: {error.message}; no record is taken until there is room", file=sys.stderr, flush=True)
             return False
@@ -148,17 +141,19 @@ class Service:
         """Take no more records and write ``audit.stop`` behind those under way. Raises: Unavailable."""
         if self._open:
             self._open = False
+            for refusals in self._refusals.values():
+                await refusals.close()
             await self._journal.append(Entry(type=STOP), self._own)
 
     async def handle(self, request: wire.Request, channel: wire.Channel) -> Any:
-        """One call. Raises: UserError."""
+        """One call. What is refused, instead of put off, is on record soon after. Raises: UserError."""
         uid = channel.peer.uid
         match request.method:
             case "append":
-                return {"seq": await self._append(request.params, uid)}
+                return {"seq": await self._append(request, uid)}
             case "read":
                 if uid not in self._readers:
-                    raise Forbidden(f"uid {uid} may not read the audit trail")
+                    raise self._refused(request, uid, Forbidden(f"uid {uid} may not read the audit trail"))
                 wanted = _convert(request.params, Read)
                 page = await asyncio.to_thread(self._journal.store.read, wanted.after, wanted.limit)
                 return {"records": [msgspec.Raw(line) for line in page.records], "next": page.next}
@@ -167,19 +162,40 @@ class Service:
                 return {"ok": self._open and not self._journal.store.full, "seq": seq, "head": head}
         raise NotFound(f"the audit daemon has no method {request.method!r}")
 
-    async def _append(self, params: dict[str, Any], uid: int) -> int:
-        client = self._producers.get(uid)
-        if client is None:
-            raise Forbidden(f"uid {uid} may not write audit records")
-        entry = _convert(params, Entry)
-        if entry.type in RESERVED:
-            raise Forbidden(f"only the audit daemon writes {entry.type}")
-        if not entry.type.startswith(client.types):
-            raise Forbidden(f"{client.unit} does not write {entry.type[:64]}")
-        check(entry)
+    async def _append(self, request: wire.Request, uid: int) -> int:
+        unit = self._producers.get(uid)
+        try:
+            if unit is None:
+                raise Forbidden(f"uid {uid} may not write audit records")
+            entry = _convert(request.params, Entry)
+            check(entry)
+            EVENTS.check(entry, unit)
+        except UserError as error:
+            raise self._refused(request, uid, error) from None
         if not self._open:
             raise Unavailable("the audit daemon takes no records: it is stopping, or the store is full")
-        return await self._journal.append(entry, Producer(uid, client.unit))
+        return await self._journal.append(entry, Producer(uid, unit))
+
+    def _refused(self, request: wire.Request, uid: int, error: UserError) -> UserError:
+        """The error to raise. Whoever sent the record is told, and it is kept as text, as far as strangers can be let
+        fill the store: a producer's mistake, or its capture, costs no evidence.
+        """
+        unit = self._producers.get(uid)
+        if self._open:
+            if unit not in self._refusals:
+                self._refusals[unit] = Throttle(lambda entry: self._journal.append(entry, self._own), "audit")
+            extra = {
+                "method": request.method,
+                "uid": uid,
+                "unit": unit or "",
+                "entry": msgspec.json.encode(request.params).decode()[:_MOST_ENTRY],
+            }
+            reason = error.message[:_MOST_REASON]
+            actor = Actor(id=unit or f"uid {uid}")
+            self._refusals[unit].report(
+                Entry(type=REFUSED, actor=actor, outcome="failure", reason=reason, extra=extra)
+            )
+        return error
 
 
 def _convert(params: dict[str, Any], type_: type[_T]) -> _T:
@@ -200,6 +216,18 @@ def uids(users: Iterable[str]) -> dict[int, str]:
     return found
 
 
+def _about(root: Path) -> dict[str, str]:
+    """Which host this is, and what runs on it; what cannot be read is left out."""
+    found = {}
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        found["host"] = (root / "etc/machine-id").read_text(encoding="ascii").strip()
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        found["version"] = os_release(root).get("IMAGE_VERSION", "")
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        found["root_hash"] = root_hash(root)
+    return found
+
+
 async def serve(directory: Path, socket: Path) -> None:
     """Run the daemon until SIGTERM. Raises: Unavailable when the store cannot be opened or breaks."""
     own = Producer(os.geteuid(), UNIT)
@@ -211,6 +239,7 @@ async def serve(directory: Path, socket: Path) -> None:
         own,
         producers={uid: PRODUCERS[user] for uid, user in uids(PRODUCERS).items()},
         readers=frozenset({own.uid, *uids(READERS)}),
+        about=_about(ROOT),
     )
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

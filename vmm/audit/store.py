@@ -9,14 +9,28 @@ import fcntl
 import os
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
-from vmm.audit.records import FULL, GENESIS, RECOVERED, START, Entry, Producer, Record, canonical, digest, parse
+from vmm.audit.clock import clock
+from vmm.audit.records import (
+    FULL,
+    GENESIS,
+    RECOVERED,
+    START,
+    STOP,
+    Clock,
+    Entry,
+    Producer,
+    Record,
+    canonical,
+    digest,
+    parse,
+)
 from vmm.audit.verify import SEGMENT_NAME, Chain, lines, segments
 from vmm.errors import Unavailable
 
@@ -54,19 +68,23 @@ class Store:
     Appends must not run side by side; reads may run beside them from other threads, and only
     ever see records that are on stable storage. ``end`` is the number and hash of the last record,
     ``full`` whether appends are refused for want of room, ``recovered`` how many bytes of a line
-    that was never acknowledged were cut off at opening, ``broken`` says why the store takes nothing
-    any more until it is opened anew (empty: it does).
+    that was never acknowledged were cut off at opening, None if the last run ended in order, ``broken`` says why
+    the store takes nothing any more until it is opened anew (empty: it does).
     """
 
-    def __init__(self, directory: Path, *, producer: Producer, boot: str) -> None:
+    def __init__(
+        self, directory: Path, *, producer: Producer, boot: str, clock: Callable[[], Clock] = clock
+    ) -> None:
         """Open the trail: cut a torn last line, verify the newest segment as a whole.
 
-        Arguments: ``producer`` stands in the store's own records, ``boot`` in all of them.
+        Arguments: ``producer`` stands in the store's own records, ``boot`` in all of them; ``clock`` says what the
+        time is worth.
         Raises: Unavailable when another process writes it, or when the trail is damaged.
         """
         self._directory = directory
         self._producer = producer
         self._boot = boot
+        self._clock = clock
         self.broken = ""
         self._lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._file = -1
@@ -83,8 +101,9 @@ class Store:
             raise Unavailable(f"another process writes the audit store {self._directory}") from None
         files = segments(self._directory)
         self._firsts = [int(file.stem) for file in files]
-        self.recovered = _cut_torn_line(files[-1]) if files else 0
-        self.end = _verified_end(files)
+        cut = _cut_torn_line(files[-1]) if files else 0
+        self.end, last = _verified_end(files)
+        self.recovered = cut if cut or last not in ("", STOP) else None
         if files:
             self._file = os.open(files[-1], os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
             self._size = os.fstat(self._file).st_size
@@ -171,6 +190,7 @@ class Store:
 
     def _write(self, drafts: Sequence[Draft]) -> range:
         time = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        clock = self._clock()
         seq, head = self.end
         written = []
         for entry, producer in drafts:
@@ -182,6 +202,7 @@ class Store:
                     prev=head,
                     boot=self._boot,
                     time=time,
+                    clock=clock,
                     producer=producer,
                 )
             )
@@ -257,8 +278,9 @@ _write = os.write
 
 
 def recovered_entry(count: int) -> Entry:
-    """The record that says how many bytes of an unfinished, never acknowledged line were cut off."""
-    return Entry(type=RECOVERED, reason="incomplete last line removed", extra={"bytes": count})
+    """The record of a run that did not end in order, and how many bytes of a never acknowledged line it left."""
+    reason = "incomplete last line removed" if count else "the last run did not end in order"
+    return Entry(type=RECOVERED, reason=reason, extra={"bytes": count})
 
 
 def interrupted_entry(intent: Record) -> Entry:
@@ -290,27 +312,30 @@ def _cut_torn_line(path: Path) -> int:
     return len(data) - keep
 
 
-def _verified_end(files: Sequence[Path]) -> tuple[int, str]:
-    """Number and hash of the last record, after verifying the newest segment and its link to the one before.
+def _verified_end(files: Sequence[Path]) -> tuple[tuple[int, str], str]:
+    """Number, hash and type of the last record, after verifying the newest segment and its link to the one before.
 
     Raises: Unavailable naming the record at fault.
     """
     if not files:
-        return 0, GENESIS
+        return (0, GENESIS), ""
     newest = files[-1]
-    seq, prev = int(newest.stem), GENESIS
+    seq, prev, last = int(newest.stem), GENESIS, ""
     if seq > 1:
         before = deque(lines(files[-2]) if len(files) > 1 else (), maxlen=1)
         prev = digest(before[0]) if before else ""
     chain = Chain(seq=seq, prev=prev)
     try:
-        if seq > 1 and not (before and parse(before[0]).seq == seq - 1):
-            raise ValueError("the segment before it is missing or ends with another number")
+        if seq > 1:
+            ended = parse(before[0]) if before else None
+            if ended is None or ended.seq != seq - 1:
+                raise ValueError("the segment before it is missing or ends with another number")
+            last = ended.type
         for line in lines(newest):
-            chain.follow(line)
+            last = chain.follow(line).type
     except ValueError as error:
         raise Unavailable(
             f"the audit store is damaged: record {chain.seq} in {newest.name}: {error}",
             hint="copy the audit volume for inspection, then replace it",
         ) from None
-    return (chain.seq or seq) - 1, chain.head or prev
+    return ((chain.seq or seq) - 1, chain.head or prev), last

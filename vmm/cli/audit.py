@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from vmm.audit.text import line
 from vmm.audit.verify import verify_directory, verify_file
 from vmm.cli.client import Api
 from vmm.cli.command import Commands, add, group, remotely
@@ -17,8 +18,6 @@ from vmm.errors import UserError
 
 _PAGE = 1000
 _POLL_S = 2.0
-# Shown in place of what an older or newer host does not say.
-_NONE = "-"
 
 
 class _Page(msgspec.Struct, frozen=True):
@@ -49,7 +48,7 @@ async def _list(api: Api, args: argparse.Namespace) -> None:
                 # The canonical form, byte for byte: keys sorted, no blanks.
                 print_json(msgspec.json.encode(record, order="sorted"))
             else:
-                print(_line(record), flush=True)
+                print(clean(line(record)).replace("\n", " "), flush=True)
             after = int(record["seq"])
         if page.next is not None:
             after = page.next
@@ -57,14 +56,6 @@ async def _list(api: Api, args: argparse.Namespace) -> None:
             if not args.follow:
                 return
             await asyncio.sleep(_POLL_S)
-
-
-def _line(record: dict[str, Any]) -> str:
-    actor, thing = record.get("actor", {}), record.get("object", {})
-    who = f"{actor.get('id', _NONE)}@{actor.get('origin', _NONE)}"
-    what = "/".join(part for part in (str(thing.get("kind", "")), str(thing.get("name", ""))) if part) or _NONE
-    fixed = [str(record.get(name, _NONE)) for name in ("seq", "time", "type", "phase", "outcome")]
-    return clean(" ".join([*fixed, who, what, str(record.get("reason", ""))])).replace("\n", " ").rstrip()
 
 
 def _verify(args: argparse.Namespace) -> None:

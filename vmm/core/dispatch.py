@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 from uuid import uuid4
@@ -28,6 +29,8 @@ _FOREIGN_PEER = "core.foreign-peer"
 _ROOT = 0
 HOST = Actor(id="holdfast", role=SYSTEM)
 """Who acts when the host itself does."""
+OPERATION: ContextVar[str] = ContextVar("operation", default="")
+"""The request of the call that runs: the records of all that is done for it, however deep down, carry it."""
 
 
 class Audit(Protocol):
@@ -156,6 +159,8 @@ class Dispatcher:
         case, args = await self._decide(name, method, envelope)
         assert method is not None
         call.actor, call.request = case.actor, case.request
+        # Each call runs in a task, and so in a context, of its own.
+        OPERATION.set(case.request)
         if method.kind == "read":
             return await self._read(method, case, args, call)
         return await self._change(method, case, args, call)
@@ -165,7 +170,7 @@ class Dispatcher:
         type_, thing = name if method else _UNKNOWN_METHOD, _raw_object(method, envelope.args)
         if isinstance(envelope, Envelope):
             caller = envelope.caller
-            case = _Case(type_, Actor(id=caller.fingerprint, origin=caller.origin), thing, caller.request_id)
+            case = _Case(type_, _unknown(caller), thing, caller.request_id)
         else:
             case = _Case(type_, HOST, thing, str(uuid4()))
         try:
@@ -186,7 +191,7 @@ class Dispatcher:
 
     def _actor(self, caller: Caller) -> Actor:
         person = self._configuration.administrator(caller.fingerprint)
-        return Actor(id=person.name, role=person.role, origin=caller.origin)
+        return msgspec.structs.replace(_unknown(caller), id=person.name, role=person.role)
 
     async def _read(self, method: Method, case: _Case, args: Any, call: Call) -> Any:
         try:
@@ -248,6 +253,11 @@ class Dispatcher:
                 extra=case.extra,
             )
         )
+
+
+def _unknown(caller: Caller) -> Actor:
+    """Who calls, before it is known whose certificate that is."""
+    return Actor(id=caller.fingerprint, origin=caller.origin, certificate=caller.fingerprint)
 
 
 def _raw_object(method: Method | None, args: Mapping[str, Any]) -> Object:

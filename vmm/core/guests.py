@@ -9,11 +9,11 @@ from contextlib import suppress
 from typing import Any
 
 from vmm.audit.client import AuditClient, Entry, Object
-from vmm.core.dispatch import HOST, MOST_REASON
+from vmm.core.dispatch import HOST, MOST_REASON, OPERATION
 from vmm.errors import NotFound, Unavailable, UserError
 from vmm.hypervisor.types import Hypervisor
 from vmm.machines.service import Machines
-from vmm.machines.states import Record
+from vmm.machines.states import Record, Recorded
 from vmm.machines.store import MOST_TRIES
 from vmm.machines.types import Stopped
 
@@ -73,6 +73,7 @@ class Guests:
             object=Object(kind="machine", id=one.uuid, name=one.name),
             outcome="failure" if one.how == "failed" else "success",
             reason=f"the host stops: {why}",
+            request=OPERATION.get(),
         )
         try:
             await self._audit.append(entry)
@@ -133,13 +134,14 @@ class Guests:
 def recorder(audit: AuditClient) -> Record:
     """What saved states are recorded with, in the host's name."""
 
-    async def record(type: str, id: str, name: str, reason: str) -> None:
+    async def record(type: Recorded, id: str, name: str, reason: str) -> None:
         entry = Entry(
             type=type,
             actor=HOST,
             object=Object(kind="machine", id=id, name=name),
             outcome="failure" if reason else "success",
             reason=reason[:MOST_REASON],
+            request=OPERATION.get(),
         )
         await audit.append(entry)
 

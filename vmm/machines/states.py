@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Literal
 from uuid import UUID
 
 from vmm import atomic
@@ -30,7 +31,8 @@ from vmm.machines.store import Row
 from vmm.volumes import files
 from vmm.volumes.store import Database
 
-Record = Callable[[str, str, str, str], Awaitable[None]]
+Recorded = Literal["machine.save", "machine.resume"]
+Record = Callable[[Recorded, str, str, str], Awaitable[None]]
 """Puts an event on record: its type, the machine's id and name, and why it failed or "". Raises: Unavailable."""
 
 # Devices, firmware and libvirt's header, beside the guest's memory.
@@ -181,7 +183,7 @@ class States:
         with suppress(UserError):
             await self._hypervisor.destroy(id)
 
-    async def _say(self, type: str, row: Row, reason: str) -> None:
+    async def _say(self, type: Recorded, row: Row, reason: str) -> None:
         """Record what cannot be undone any more, or else tell the journal."""
         try:
             await self._record(type, str(row.id), row.spec.name, reason)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import msgspec
 
-from vmm.audit.client import AuditClient, Entry
+from vmm.audit.records import Entry
 from vmm.errors import Unavailable
 
 BURST = 5
@@ -23,8 +23,14 @@ class Throttle:
     The one that follows suppressed ones says how many in ``extra.suppressed``; it is the newest of them.
     """
 
-    def __init__(self, audit: AuditClient, *, burst: int = BURST, interval: float = INTERVAL) -> None:
-        self._audit = audit
+    def __init__(
+        self, append: Callable[[Entry], Awaitable[int]], name: str, *, burst: int = BURST, interval: float = INTERVAL
+    ) -> None:
+        """Arguments: ``append`` puts a durable record or raises Unavailable; ``name`` of the daemon, for the journal;
+        ``interval`` is in seconds.
+        """
+        self._append = append
+        self._name = name
         self._burst = burst
         self._interval = interval
         self._tokens = float(burst)
@@ -72,7 +78,7 @@ class Throttle:
 
     async def _write(self, entry: Entry) -> None:
         try:
-            await self._audit.append(entry)
+            await self._append(entry)
         except Unavailable as error:
-            line = f"api: {entry.type} of {entry.actor.origin} not recorded: {error.message}"
+            line = f"{self._name}: {entry.type} of {entry.actor.origin} not recorded: {error.message}"
             print(line, file=sys.stderr, flush=True)
