@@ -176,15 +176,16 @@ def made(tmp_path: Path) -> dict[str, Path]:
     (tmp_path / "definitions").mkdir()
     for name in ("40-audit.conf", "50-data.conf"):
         text = re.sub(r"^(Encrypt|Size\w+)=.*\n", "", (DEFINITIONS / name).read_text(), flags=re.MULTILINE)
-        text = text.replace("=/tmp/", f"={tmp_path}/").replace("=/sysroot/", f"={tmp_path}/sysroot/")
         (tmp_path / "definitions" / name).write_text(f"{text}SizeMinBytes=32M\nSizeMaxBytes=32M\n")
     prepare, repart = commands("holdfast-partitions.service")
-    run([*prepare[:-1], tmp_path / "pair"])
-    assert prepare[-1] == "/tmp/pair"  # noqa: S108 - the initrd's own
+    assert "--copy-source=/" in repart
+    secret = tmp_path / prepare[-1].removeprefix("/")
+    # What systemd-repart does not copy, where it is the root's own.
+    assert secret.relative_to(tmp_path).parts[0] not in ("dev", "proc", "run", "sys", "tmp", "var")
+    run([*prepare[:-1], secret])
     disk = tmp_path / "disk.raw"
     options = ["--offline=yes", "--empty=create", "--size=80M", "--dry-run=no", f"--definitions={tmp_path}/definitions"]
-    copied = [option for option in repart if option.startswith("--copy-source=")]
-    run(["systemd-repart", f"--root={tmp_path}/sysroot", *copied, *options, disk])
+    run(["systemd-repart", f"--root={tmp_path}/sysroot", f"--copy-source={tmp_path}", *options, disk])
     with disk.open("rb") as file:
         table = gpt.read(file)
     found = {}
