@@ -10,6 +10,7 @@ import pytest
 from tests.harness.host import Host
 from tests.harness.seed import Identity
 from tests.harness.workstation import Workstation
+from vmm.audit.events import EVENTS
 
 
 @pytest.mark.sfr("FMT_MOF_EXT.1")
@@ -27,4 +28,4 @@ def test_a_guest_is_made_used_and_removed_by_the_command_line_tool(
     assert "guest# uname -a\nLinux " in printed
     records = printed.partition("$ holdfast audit list")[2]
     for action in ("volume.upload", "machine.create", "machine.start", "machine.stop", "machine.delete"):
-        assert action in records, records
+        assert f" done {EVENTS[action].title} " in records, records

@@ -158,7 +158,7 @@ def _headers(disk: Path) -> set[str]:
 
 
 def _refused(host: Host, unit: str) -> None:
-    host.serial.expect(f"Failed to start {unit}", 25)
+    host.serial.expect(f"(Failed to start|Assertion failed for) {unit}", 25)
     host.wait_reset(8)
     assert not host.api().reachable(0.5)
 
