@@ -131,6 +131,7 @@ def test_versions_that_do_not_get_far_are_left_by_themselves(
             updates.do("check")
             updates.do("download")
         assert slot(updates.do("apply"), "b")["tries"] == 3
+        before = updates.records("update.apply")[-1]["boot"]
         host.power_cut()
         esp = find_esp(host.files.flat_disk)
         for version, release in made.items():
@@ -145,7 +146,10 @@ def test_versions_that_do_not_get_far_are_left_by_themselves(
         assert status["running"] == "0.1.0"
         (failed,) = status["failed"]
         assert failed["version"] == "0.1.3"
-        assert failed["reason"] == "it did not reach its health gate in 3 tries; 0.1.0 was started again"
+        assert (
+            failed["reason"]
+            == f"it did not reach its health gate in 3 tries after boot {before}; 0.1.0 was started again"
+        )
         record = updates.records("update.failed")[-1]
         assert (record["outcome"], record["reason"], record["object"]["id"]) == ("failure", failed["reason"], "0.1.3")
         host.serial.expect("UPDATE FAILED: 0.1.3: it did not reach its health gate")

@@ -48,13 +48,15 @@ def test_a_version_that_passed_is_kept(world: World) -> None:
 def test_a_version_that_failed_gets_no_further_try_and_its_reason_is_known_afterwards(world: World) -> None:
     install(world)
     boot(world, "1.1.0")
+    assert world.work.settle().kind == "trial"
+    tried = world.env.running.boot
     world.work.condemn("guest: the probe guest was not ready")
     assert world.machine.entries()[0].bad
     boot(world, "1.0.0")
     verdict = world.work.settle()
     assert (verdict.kind, verdict.version) == ("failed", "1.1.0")
-    assert verdict.reason == "guest: the probe guest was not ready"
-    assert world.env.store.state.failed[0].reason == "guest: the probe guest was not ready"
+    assert verdict.reason == f"guest: the probe guest was not ready (boot {tried})"
+    assert world.env.store.state.failed[0].reason == verdict.reason
 
 
 def test_a_version_that_was_kept_cannot_be_condemned(world: World) -> None:
