@@ -31,8 +31,8 @@ class Updates:
         return self.api.call("GET", "/v1/update", seconds=60)
 
     def settled(self) -> Any:
-        """The status once this start has been judged."""
-        self.host.agent.exec(["systemctl", "is-system-running", "--wait"], check=False, seconds=120)
+        """The status once this start has been judged. Raises: as Host.wait_started, e.g. when it went back."""
+        self.host.wait_started()
         return self.status()
 
     def begin(self, job: str, **arguments: Any) -> None:
