@@ -10,6 +10,7 @@ import pytest
 from image.builder.efidisk import find_esp
 from signing.keys import make_development_keys
 from tests.harness import releases
+from tests.harness.altering import alter
 from tests.harness.api import ApiError
 from tests.harness.checkpoint import Checkpoint
 from tests.harness.host import Host
@@ -74,6 +75,36 @@ def test_a_host_whose_service_manager_crashes_restarts(host: Host) -> None:
     """Otherwise it would stand there, half alive."""
     host.agent.python("import os, signal; result = os.kill(1, signal.SIGSEGV)")
     host.wait_reset(10)
+
+
+@pytest.mark.long
+@pytest.mark.sfr("FPT_TUD_EXT.1", "FPT_TUD_EXT.2", "FAU_GEN.1")
+def test_a_slot_that_is_damaged_before_its_first_start_is_left(
+    updates: Updates, host: Host, offered: Publisher
+) -> None:
+    """It was whole when it was read back; dm-verity ends each of its tries, and the version before tells of it."""
+    with host.serve(offered.folder):
+        updates.do("check")
+        updates.do("download")
+    updates.do("apply")
+    before = updates.records("update.apply")[-1]["boot"]
+    # The first block, with the superblock, is read at every start.
+    alter(host, "holdfast_0.1.1", 0)
+    updates.restart()
+    for _ in range(3):
+        host.wait_reset(60)
+    host.wait_ready(updates.admin, 120)
+    status = updates.settled()
+    assert (status["running"], slot(status, "b")["state"]) == ("0.1.0", "bad")
+    (failed,) = status["failed"]
+    assert (failed["version"], failed["reason"]) == (
+        "0.1.1",
+        f"it did not reach its health gate in 3 tries after boot {before}; 0.1.0 was started again",
+    )
+    (record,) = updates.records("update.failed")
+    assert (record["outcome"], record["reason"], record["object"]["id"]) == ("failure", failed["reason"], "0.1.1")
+    host.serial.expect("UPDATE FAILED: 0.1.1: it did not reach its health gate")
+    assert "corrupt" in (host.files.directory / "serial.log").read_text(errors="replace")
 
 
 def _panics(sources: Path) -> None:
