@@ -109,53 +109,6 @@ def test_back_on_the_old_version(world: World) -> None:
     assert world.work.settle().kind == "blessed" and world.env.store.state.failed == ()
 
 
-def test_what_the_gate_said_is_the_reason(world: World) -> None:
-    install(world)
-    tried = on_trial(world)
-    gate = {"version": "1.1.0", "boot": tried, "reason": "guest: it did not start", "time": "2026-12-01T12:00:00Z"}
-    (world.env.folder / "gate.json").write_bytes(msgspec.json.encode(gate))
-    boot(world, "1.0.0")
-    world.work.settle()
-    assert world.env.store.state.failed[0].reason == f"guest: it did not start (boot {tried})"
-    assert world.records[-1].extra["boots"] == [tried]
-    # It had tries left, and is not given them.
-    assert "holdfast_1.1.0+0-0.efi" in names(world)
-
-
-def on_trial(world: World) -> str:
-    """Start the version that waits; the id of that boot."""
-    boot(world, "1.1.0")
-    # The gate may ask again in the same boot.
-    assert [world.work.settle().kind for _ in range(2)] == ["trial", "trial"]
-    return world.env.running.boot
-
-
-def test_boots_whose_gate_did_not_decide_are_the_reason(world: World) -> None:
-    install(world)
-    tried = [on_trial(world), on_trial(world)]
-    (world.machine.linux / "holdfast_1.1.0+3-0.efi").rename(world.machine.linux / "holdfast_1.1.0+0-3.efi")
-    boot(world, "1.0.0")
-    assert world.work.settle().reason == (
-        f"its health gate did not decide in 3 tries (known boots: {', '.join(tried)}); 1.0.0 was started again"
-    )
-    assert world.records[-1].extra["boots"] == tried
-
-
-def test_what_the_gate_said_of_an_earlier_attempt_is_not_the_reason(world: World) -> None:
-    install(world)
-    on_trial(world)
-    world.work.condemn("guest: it did not start")
-    boot(world, "1.0.0")
-    world.work.settle()
-    download(world, "1.1.0", retry=True)
-    apply(world)
-    before = world.env.running.boot
-    (world.machine.linux / "holdfast_1.1.0+3-0.efi").rename(world.machine.linux / "holdfast_1.1.0+0-3.efi")
-    boot(world, "1.0.0")
-    verdict = world.work.settle()
-    assert verdict.reason == f"it did not reach its health gate in 3 tries after boot {before}; 1.0.0 was started again"
-
-
 def test_the_epoch_floor_outlives_the_metadata(world: World, tmp_path: Path) -> None:
     """The client's memory is emptied and an older, unexpired repository offers a release below the floor."""
     older = world.repository.copy(tmp_path / "older")
