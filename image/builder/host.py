@@ -16,6 +16,7 @@ from vmm.errors import die
 from vmm.process import Argument, run
 
 _PROGRAMS = {"mmdebstrap": "mmdebstrap", "bwrap": "bubblewrap", "newuidmap": "uidmap"}
+_APT = Path("/etc/apt")
 _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 _SUITES = {"debian": "trixie trixie-updates", "debian-security": "trixie-security"}
 _COMPONENTS = ("main", "non-free-firmware")
@@ -65,8 +66,8 @@ def _install_missing() -> None:
     )
 
 
-def _sources(layout: Layout) -> str:
-    """The apt sources of the build, deb822: from MIRROR, else from the machine's own.
+def apt_sources(layout: Layout, etc: Path = _APT) -> str:
+    """The apt sources of the build, deb822: from MIRROR, else from the machine's own in ``etc``.
 
     Empty on a machine without Debian sources: then mmdebstrap's default applies, and no host name
     of a mirror has to stand in this repository.
@@ -75,10 +76,11 @@ def _sources(layout: Layout) -> str:
     if layout.mirror:
         found = {"debian": layout.mirror, "debian-security": f"{layout.mirror.removesuffix('/debian')}/debian-security"}
     else:
-        for file in [Path("/etc/apt/sources.list"), *sorted(Path("/etc/apt/sources.list.d").glob("*"))]:
+        for file in [etc / "sources.list", *sorted((etc / "sources.list.d").glob("*"))]:
             if file.suffix not in (".list", ".sources") or not file.is_file():
                 continue
-            for word in file.read_text(errors="replace").split():
+            lines = (line.partition("#")[0] for line in file.read_text(errors="replace").splitlines())
+            for word in " ".join(lines).split():
                 uri = word.rstrip("/")
                 if uri.startswith(("http://", "https://")) and uri.endswith(("/debian", "/debian-security")):
                     found.setdefault(uri.rsplit("/", 1)[1], uri)
@@ -98,7 +100,7 @@ def make_tools(layout: Layout) -> None:
     Raises: UserError when the archive cannot be reached or its signature does not verify.
     """
     packages = layout.repository / "image/tools.packages"
-    sources = _sources(layout)
+    sources = apt_sources(layout)
     wanted = digest([packages], sources)
     stamp = layout.tools / "etc/holdfast-tools"
     if stamp.exists() and stamp.read_text() == wanted:

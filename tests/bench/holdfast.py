@@ -79,7 +79,7 @@ class Server:
             api = host.api(self.admin)
             managed = poll(lambda: _machines(api), deadline.left(), "the API answers an administrator") - start
         host.agent.wait()
-        host.agent.exec(["systemctl", "is-system-running", "--wait"], check=False, seconds=60)
+        host.wait_started()
         phases = startup(host.agent.exec(["systemd-analyze", "time"]).out)
         return Started(Boot(watch.since(start), ready, processor, phases), managed)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.harness.qmp import Unless
 from tests.harness.seed import credential
 from tests.harness.waiting import Deadline
 
@@ -65,7 +66,9 @@ class Agent:
         self._socket.sendall(b"\n")
         self._pending = b""
 
-    def _call(self, operation: str, seconds: float, **parameters: Any) -> tuple[int, bytes, bytes]:
+    def _call(
+        self, operation: str, seconds: float, unless: Unless | None = None, **parameters: Any
+    ) -> tuple[int, bytes, bytes]:
         identifier = uuid.uuid4().hex
         request = {"id": identifier, "op": operation, **parameters}
         deadline = Deadline(seconds * self._scale, f"the agent's answer to {operation}")
@@ -73,6 +76,8 @@ class Agent:
         self._socket.sendall(json.dumps(request).encode() + b"\n")
         while True:
             while b"\n" not in self._pending:
+                if unless is not None:
+                    unless.wait(self._socket, deadline.left())
                 self._socket.settimeout(deadline.left())
                 try:
                     chunk = self._socket.recv(1 << 16)
@@ -101,15 +106,24 @@ class Agent:
         """Wait until the agent answers. Raises: Expired."""
         self._checked("python", seconds, source="result = True", argument=None)
 
-    def exec(self, argv: Sequence[str], *, check: bool = True, seconds: float = 30, input: bytes = b"") -> Done:
+    def exec(
+        self,
+        argv: Sequence[str],
+        *,
+        check: bool = True,
+        seconds: float = 30,
+        input: bytes = b"",
+        unless: Unless | None = None,
+    ) -> Done:
         """Run a program as root and wait for its end; ``seconds`` is scaled.
 
-        Raises: AgentError on a non-zero exit code if ``check``; Expired when the agent does not answer.
+        Raises: AgentError on a non-zero exit code if ``check``; Expired when the agent does not answer; what
+        ``unless`` raises.
         """
         # The agent's own limit comes first, so that a stuck program does not cost the connection.
         limit = seconds * self._scale
         encoded = base64.b64encode(input).decode()
-        code, out, err = self._call("exec", seconds + 10, argv=list(argv), input=encoded, timeout=limit)
+        code, out, err = self._call("exec", seconds + 10, unless, argv=list(argv), input=encoded, timeout=limit)
         done = Done(code, out.decode(errors="replace"), err.decode(errors="replace"))
         if check and code != 0:
             raise AgentError(f"{' '.join(argv)} ended with {code}:\n{done.out}{done.err}")

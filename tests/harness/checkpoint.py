@@ -126,8 +126,7 @@ def ready_with_agent(host: Host) -> None:
     """Wait until a booted host has started everything and answers on its API and to the test agent. Raises: Expired."""
     host.wait_api()
     host.agent.wait()
-    # Its answer is "degraded" when a unit failed; which is for tests to find out.
-    host.agent.exec(["systemctl", "is-system-running", "--wait"], check=False, seconds=120)
+    host.wait_started()
 
 
 def host_checkpoint(image: Image, seed: str, store: Path = Path("build/test/checkpoints")) -> Checkpoint:

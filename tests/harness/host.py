@@ -18,7 +18,7 @@ from tests.harness.guarded import Guarded
 from tests.harness.image import Files, flatten
 from tests.harness.link import Link
 from tests.harness.machine import Hardware, Sockets, qemu_command, stick_node
-from tests.harness.qmp import Qmp, QmpError
+from tests.harness.qmp import Qmp, QmpError, Unless
 from tests.harness.repository import RepositoryServer
 from tests.harness.seed import REPOSITORY, Identity
 from tests.harness.stream import Console, connect_console
@@ -209,6 +209,15 @@ class Host:
         if not self._agent:
             self._agent = Agent(self._sockets.agent, scale=self.acceleration.scale)
         return self._agent
+
+    def wait_started(self) -> None:
+        """Wait until all that a start starts is there or has failed; which, is for tests to find out.
+
+        Raises: Happened when the host restarts meanwhile: nobody would answer; the test's own wait_reset is left its
+        event. Expired.
+        """
+        restarts = Unless(self.qmp, "RESET", "the host restarted by itself before all of it had started")
+        self.agent.exec(["systemctl", "is-system-running", "--wait"], check=False, seconds=120, unless=restarts)
 
     @property
     def link(self) -> Link:

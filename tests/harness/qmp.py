@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import select
 import socket
+import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,10 @@ class QmpError(Exception):
     """QEMU refused a command, or went away."""
 
 
+class Happened(Exception):
+    """An event came that must not have come; the text says what it means."""
+
+
 class Qmp:
     """A connection to one QEMU.
 
@@ -28,6 +35,7 @@ class Qmp:
         self._socket.connect(str(path))
         self._pending = b""
         self._events: list[Event] = []
+        self._came: Counter[str] = Counter()
         greeting = self._receive(Deadline(30, "the greeting of QEMU"))
         if "QMP" not in greeting:
             raise QmpError(f"not a QMP greeting: {greeting}")
@@ -47,6 +55,9 @@ class Qmp:
             self._pending += chunk
         line, _, self._pending = self._pending.partition(b"\n")
         message: dict[str, Any] = json.loads(line)
+        if "event" in message:
+            self._events.append(message)
+            self._came[message["event"]] += 1
         return message
 
     def execute(self, command: str, arguments: dict[str, Any] | None = None, *, seconds: float = 60) -> Any:
@@ -64,11 +75,9 @@ class Qmp:
             raise QmpError(f"QEMU is gone: {error.strerror}") from None
         while True:
             answer = self._receive(deadline)
-            if "event" in answer:
-                self._events.append(answer)
-            elif "error" in answer:
+            if "error" in answer:
                 raise QmpError(f"{command}: {answer['error']['desc']}")
-            elif "return" in answer:
+            if "return" in answer:
                 return answer["return"]
 
     def human(self, line: str) -> str:
@@ -88,10 +97,40 @@ class Qmp:
                 if event["event"] == name and matches(event):
                     return self._events.pop(checked)
                 checked += 1
-            message = self._receive(deadline)
-            if "event" in message:
-                self._events.append(message)
+            self._receive(deadline)
+
+    def fileno(self) -> int:
+        """The connection, for select(2): readable when something came."""
+        return self._socket.fileno()
+
+    def came(self, name: str) -> int:
+        """How many events of that name came so far; they stay for wait_event. Raises: QmpError when QEMU went away."""
+        while self._pending or select.select([self], [], [], 0)[0]:
+            self._receive(Deadline(30, "the rest of what QEMU says"))
+        return self._came[name]
 
     def close(self) -> None:
         """Close the connection; QEMU runs on."""
         self._socket.close()
+
+
+class Unless:
+    """Watches, beside another wait, for an event that would make that wait pointless.
+
+    Arguments: ``name`` of the event, of which only those count that come from now on; ``meaning`` is for the error.
+    """
+
+    def __init__(self, qmp: Qmp, name: str, meaning: str) -> None:
+        self._qmp = qmp
+        self._name = name
+        self._meaning = meaning
+        self._before = qmp.came(name)
+
+    def wait(self, connection: socket.socket, seconds: float) -> None:
+        """Wait until the connection is readable, or ``seconds`` are over. Raises: Happened; QmpError."""
+        deadline = time.monotonic() + seconds
+        readable: list[Any] = []
+        while connection not in readable and (left := deadline - time.monotonic()) > 0:
+            readable = select.select([connection, self._qmp], [], [], left)[0]
+            if self._qmp in readable and self._qmp.came(self._name) > self._before:
+                raise Happened(self._meaning)

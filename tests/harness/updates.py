@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from tests.harness import esp
 from tests.harness.api import Api, ApiError
 from tests.harness.host import Host
 from tests.harness.seed import Identity
@@ -31,8 +32,8 @@ class Updates:
         return self.api.call("GET", "/v1/update", seconds=60)
 
     def settled(self) -> Any:
-        """The status once this start has been judged."""
-        self.host.agent.exec(["systemctl", "is-system-running", "--wait"], check=False, seconds=120)
+        """The status once this start has been judged. Raises: as Host.wait_started, e.g. when it went back."""
+        self.host.wait_started()
         return self.status()
 
     def begin(self, job: str, **arguments: Any) -> None:
@@ -43,10 +44,14 @@ class Updates:
     def do(self, job: str, **arguments: Any) -> Any:
         """Start a job and wait for its end; the status then. Raises: ApiError when the job is refused or fails."""
         self.begin(job, **arguments)
-        status: Any = poll(self._rest, 240 * self.host.acceleration.scale, f"{job} ends")
+        status = self.ended(job)
         if status["error"]:
             raise ApiError(f"{job}: {status['error']}")
         return status
+
+    def ended(self, job: str) -> Any:
+        """The status once the job that was begun has ended, one way or the other. Raises: Expired."""
+        return poll(self._rest, 240 * self.host.acceleration.scale, f"{job} ends")
 
     def _rest(self) -> Any:
         status = self.status()
@@ -80,8 +85,16 @@ class Updates:
 
     def refusals(self) -> list[tuple[str, str, str]]:
         """What the updater itself put on record of its jobs that failed, oldest first: type, layer, reason."""
-        found = [r for r in self.records("update.") if r["producer"]["unit"] == UNIT and r["phase"] == "outcome"]
-        return [(r["type"], r["extra"].get("layer", ""), r["reason"]) for r in found if r["outcome"] == "failure"]
+        found = [r for r in self.outcomes("update.") if r["outcome"] == "failure"]
+        return [(r["type"], r["extra"].get("layer", ""), r["reason"]) for r in found]
+
+    def outcomes(self, kind: str) -> list[Any]:
+        """What the updater itself put on record of how its jobs ended, oldest first; ``kind`` as for records()."""
+        return [r for r in self.records(kind) if r["producer"]["unit"] == UNIT and r["phase"] == "outcome"]
+
+    def written(self) -> Any:
+        """All that an update changes on the disk: both slots, and the boot entries with their sizes."""
+        return self.status()["slots"], esp.entries(self.host.agent)
 
     def records(self, kind: str) -> list[Any]:
         """The audit trail's records of one type, or of all types that begin so if it ends in a dot."""

@@ -10,6 +10,7 @@ import pytest
 from image.builder.efidisk import find_esp
 from signing.keys import make_development_keys
 from tests.harness import releases
+from tests.harness.altering import alter
 from tests.harness.api import ApiError
 from tests.harness.checkpoint import Checkpoint
 from tests.harness.host import Host
@@ -76,6 +77,36 @@ def test_a_host_whose_service_manager_crashes_restarts(host: Host) -> None:
     host.wait_reset(10)
 
 
+@pytest.mark.long
+@pytest.mark.sfr("FPT_TUD_EXT.1", "FPT_TUD_EXT.2", "FAU_GEN.1")
+def test_a_slot_that_is_damaged_before_its_first_start_is_left(
+    updates: Updates, host: Host, offered: Publisher
+) -> None:
+    """It was whole when it was read back; dm-verity ends each of its tries, and the version before tells of it."""
+    with host.serve(offered.folder):
+        updates.do("check")
+        updates.do("download")
+    updates.do("apply")
+    before = updates.records("update.apply")[-1]["boot"]
+    # The first block, with the superblock, is read at every start.
+    alter(host, "holdfast_0.1.1", 0)
+    updates.restart()
+    for _ in range(3):
+        host.wait_reset(60)
+    host.wait_ready(updates.admin, 120)
+    status = updates.settled()
+    assert (status["running"], slot(status, "b")["state"]) == ("0.1.0", "bad")
+    (failed,) = status["failed"]
+    assert (failed["version"], failed["reason"]) == (
+        "0.1.1",
+        f"it did not reach its health gate in 3 tries after boot {before}; 0.1.0 was started again",
+    )
+    (record,) = updates.records("update.failed")
+    assert (record["outcome"], record["reason"], record["object"]["id"]) == ("failure", failed["reason"], "0.1.1")
+    host.serial.expect("UPDATE FAILED: 0.1.1: it did not reach its health gate")
+    assert "corrupt" in (host.files.directory / "serial.log").read_text(errors="replace")
+
+
 def _panics(sources: Path) -> None:
     with (sources / "image/cmdline").open("a") as line:
         line.write("rdinit=/nowhere\n")
@@ -131,6 +162,7 @@ def test_versions_that_do_not_get_far_are_left_by_themselves(
             updates.do("check")
             updates.do("download")
         assert slot(updates.do("apply"), "b")["tries"] == 3
+        before = updates.records("update.apply")[-1]["boot"]
         host.power_cut()
         esp = find_esp(host.files.flat_disk)
         for version, release in made.items():
@@ -145,7 +177,10 @@ def test_versions_that_do_not_get_far_are_left_by_themselves(
         assert status["running"] == "0.1.0"
         (failed,) = status["failed"]
         assert failed["version"] == "0.1.3"
-        assert failed["reason"] == "it did not reach its health gate in 3 tries; 0.1.0 was started again"
+        assert (
+            failed["reason"]
+            == f"it did not reach its health gate in 3 tries after boot {before}; 0.1.0 was started again"
+        )
         record = updates.records("update.failed")[-1]
         assert (record["outcome"], record["reason"], record["object"]["id"]) == ("failure", failed["reason"], "0.1.3")
         host.serial.expect("UPDATE FAILED: 0.1.3: it did not reach its health gate")

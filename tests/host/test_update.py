@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -130,11 +131,14 @@ def test_a_release_whose_service_does_not_start_goes_back_with_the_reason(
         assert status["running"] == "0.1.0"
         (failed,) = status["failed"]
         assert failed["version"] == "0.1.2"
-        assert failed["reason"].startswith("health: "), failed
+        # The gate's own record of that boot, before it asked for anything else, says which it was.
+        tried = updates.records("update.trial")[-1]["boot"]
+        assert failed["reason"].startswith("health: ") and failed["reason"].endswith(f" (boot {tried})"), failed
         assert slot(status, "b")["state"] == "bad"
         record = updates.records("update.failed")[-1]
         assert (record["outcome"], record["reason"], record["object"]["id"]) == ("failure", failed["reason"], "0.1.2")
-        host.serial.expect(f"UPDATE FAILED: 0.1.2: {failed['reason']}"[:70])
+        assert record["extra"]["boots"] == [tried] and record["boot"] != tried
+        host.serial.expect(re.escape(f"UPDATE FAILED: 0.1.2: {failed['reason']}"))
         with pytest.raises(ApiError, match="failed here before"):
             updates.do("download")
 

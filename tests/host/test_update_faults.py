@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,15 +16,34 @@ from tests.harness.agent import Agent
 from tests.harness.forging import OTHER_CHANNEL, Forgery
 from tests.harness.host import Host
 from tests.harness.proxy import Proxy
+from tests.harness.publishing import Publisher
 from tests.harness.repository import RepositoryServer
 from tests.harness.seed import REPOSITORY
-from tests.harness.updates import Updates
+from tests.harness.updates import Updates, slot
 from tests.harness.waiting import poll
 
 MIB = 1 << 20
 OFFERED, LARGE = "0.1.9", "0.9.9"
 _APPLIED = "/run/holdfast/config.json"
 _FILLER = "/var/lib/holdfast/filler"
+# Its process id, or 0. The run that writes, and not the one before, which makes room.
+_STOP_THE_WRITER = """
+import os, pathlib, signal, time
+deadline = time.monotonic() + argument
+result = 0
+while not result and time.monotonic() < deadline:
+    for file in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = file.read_bytes().split(b"\\0")
+        except OSError:
+            continue  # it has ended
+        if words[0].endswith(b"/systemd-sysupdate") and b"update" in words:
+            result = int(file.parent.name)
+            os.kill(result, signal.SIGSTOP)
+            break
+    time.sleep(0.01)
+"""
+_GO_ON = "import os, signal; os.kill(argument, signal.SIGCONT)"
 _FIGURES = "([0-9]+) bytes are needed, ([0-9]+) are free, ([0-9]+) are missing"
 
 
@@ -83,6 +103,7 @@ def test_a_download_outlives_its_server(updates: Updates, host: Host, repositori
     good.publish()
     whole = good.stored(f"holdfast_{OFFERED}/root.zst").stat().st_size
     quarter = whole // 4
+    before = updates.written()
     with host.serve(good.folder) as server:
         assert updates.do("check")["available"] == OFFERED
         server.break_after = quarter
@@ -97,6 +118,7 @@ def test_a_download_outlives_its_server(updates: Updates, host: Host, repositori
         poll(lambda: updates.status()["done"] >= 1.5 * quarter, seconds, "what was sent has arrived")
         status = updates.api.call("POST", "/v1/update/cancel", seconds=10)
         assert (status["phase"], status["staged"], status["error"]) == ("idle", "", "the update was cancelled")
+        assert updates.written() == before
         server.stall_after = None
         sent = server.sent
         assert updates.do("download")["staged"] == OFFERED
@@ -115,6 +137,36 @@ def test_a_download_outlives_its_server(updates: Updates, host: Host, repositori
         ("update.check", "transport"),
     ]
     assert refusals[2][2] == "the update was cancelled"
+
+
+@pytest.mark.long
+@pytest.mark.sfr("FPT_TUD_EXT.1", "FAU_GEN.1")
+def test_writing_that_is_cancelled_leaves_the_running_system_and_is_repeated(
+    updates: Updates, host: Host, offered: Publisher
+) -> None:
+    """The writer is held until the updater has been told: how long writing takes is the machine's affair."""
+    with host.serve(offered.folder):
+        updates.do("check")
+        updates.do("download")
+    slots, entries = updates.written()
+    seconds = 60 * host.acceleration.scale
+    with ThreadPoolExecutor(2) as beside:
+        stopping = beside.submit(host.agent.python, _STOP_THE_WRITER, seconds, seconds=70)
+        updates.begin("apply")
+        writer = stopping.result()
+        assert writer, "nothing was written"
+        assert updates.status()["phase"] == "writing"
+        # It answers when the job has ended, which a step that runs already delays.
+        beside.submit(updates.api.call, "POST", "/v1/update/cancel", seconds=120)
+        poll(lambda: updates.records("update.cancel"), seconds, "the wish to cancel is on record")
+        host.agent.python(_GO_ON, writer)
+    status = updates.ended("apply")
+    assert (status["phase"], status["installed"], status["error"]) == ("staged", "", "the update was cancelled")
+    assert (slot(status, "a"), slot(status, "b")["state"]) == (slots[0], "incomplete")
+    assert updates.written()[1] == entries
+    assert updates.refusals() == [("update.apply", "", "the update was cancelled")]
+    again = updates.do("apply")
+    assert (again["installed"], slot(again, "b")["state"], slot(again, "b")["tries"]) == ("0.1.1", "trying", 3)
 
 
 @pytest.mark.long

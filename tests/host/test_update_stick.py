@@ -1,4 +1,6 @@
-"""A host without a way to its repository takes a release from a stick; what else a stick may be does no harm."""
+"""A host without a way to its repository takes a release from a stick or an upload; what else these may be does no
+harm.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.harness.api import ApiError
+from tests.harness.forging import Forgery
 from tests.harness.host import Host
 from tests.harness.image import Image
 from tests.harness.publishing import Publisher
@@ -42,13 +45,19 @@ def unplug(host: Host) -> None:
     poll(lambda: not host.agent.python(_SEEN), 60 * host.acceleration.scale, "the host sees that the stick is gone")
 
 
+def make_bundle(repository: Path, bundle: Path, *parts: str) -> Path:
+    """A tar of these parts of a repository, as docs/updates.md has it made."""
+    with tarfile.open(bundle, "w") as archive:
+        for part in parts:
+            archive.add(repository / part, part)
+    return bundle
+
+
 @pytest.fixture
 def stick(offered: Publisher, workdir: Path) -> Path:
     """A stick with the next release, made by our own command. The running one's files are left out, as nobody asks."""
-    bundle, image = workdir / "release.bundle", workdir / "stick.img"
-    with tarfile.open(bundle, "w") as archive:
-        for part in ("metadata", "targets/holdfast_0.1.1"):
-            archive.add(offered.folder / part, part)
+    bundle = make_bundle(offered.folder, workdir / "release.bundle", "metadata", "targets/holdfast_0.1.1")
+    image = workdir / "stick.img"
     run([sys.executable, "-m", "vmm.cli", "update", "stick", bundle, image])
     bundle.unlink()
     return image
@@ -106,6 +115,33 @@ def test_sticks_that_are_refused(updates: Updates, host: Host, stick: Path) -> N
     short.unlink()
     status = updates.status()
     assert not status["available"] and slot(status, "b")["state"] == "empty"
+
+
+@pytest.mark.sfr("FPT_TUD_EXT.1", "FAU_GEN.1")
+def test_a_release_is_taken_from_an_upload(updates: Updates, repositories: Path, workdir: Path) -> None:
+    """Through the API, as `holdfast update import` does it. Half a bundle is refused, and the one before it stays.
+
+    No server is there. That what was imported is also written and started is shown with the stick.
+    """
+    good = Forgery(repositories / "origin", repositories / "good")
+    good.release("0.1.9")
+    good.publish()
+    bundle = make_bundle(good.folder, workdir / "release.bundle", "metadata", "targets")
+    content = bundle.read_bytes()
+    bundle.unlink()
+    with pytest.raises(ApiError, match="no bundle was imported"):
+        updates.do("check", source="bundle")
+    updates.api.call("PUT", "/v1/update/bundle", content, seconds=60)
+    with pytest.raises(ApiError, match="bundle: it is incomplete, or no tar"):
+        updates.api.call("PUT", "/v1/update/bundle", content[: len(content) // 2], seconds=60)
+    done = updates.outcomes("update.import")
+    assert [(r["outcome"], r["actor"]["id"], r["extra"]["bytes"]) for r in done] == [
+        ("success", "admin", len(content)),
+        ("failure", "admin", len(content) // 2),
+    ]
+    assert updates.do("check", source="bundle")["available"] == "0.1.9"
+    assert updates.do("download")["staged"] == "0.1.9"
+    assert updates.outcomes("update.download")[-1]["extra"]["source"] == "bundle"
 
 
 def test_a_stick_with_the_running_image_is_not_taken_for_the_system_disk(

@@ -13,7 +13,9 @@ import pytest
 
 from tests.harness import guest_agent
 from tests.harness.agent import Agent, AgentError, agent_credentials
+from tests.harness.qmp import Happened, Qmp, Unless
 from tests.harness.waiting import Expired
+from tests.unit.test_harness_stream import qemu, serve
 
 
 @pytest.fixture
@@ -78,6 +80,45 @@ def test_a_silent_agent_is_a_deadline(tmp_path: Path) -> None:
         client.wait(0.05)
     client.close()
     listener.close()
+
+
+def test_a_restart_ends_the_wait_for_an_answer_and_stays_to_be_waited_for(tmp_path: Path) -> None:
+    """Only one that comes meanwhile."""
+    asked = threading.Event()
+
+    def silent(connection: socket.socket) -> None:
+        stream = connection.makefile("rb")
+        while not stream.readline().strip():
+            pass
+        asked.set()
+        connection.recv(1)
+
+    def restarts(connection: socket.socket) -> None:
+        connection.sendall(b'{"QMP": {}}\n')
+        connection.recv(1000)
+        connection.sendall(b'{"return": {}}\n{"event": "RESET", "data": {"which": 1}}\n')
+        asked.wait(10)
+        connection.sendall(b'{"event": "NOISE"}\n{"event": "RESET", "data": {"which": 2}}\n')
+        connection.recv(1)
+
+    serve(tmp_path / "agent", silent)
+    serve(tmp_path / "qmp", restarts)
+    client, monitor = Agent(tmp_path / "agent"), Qmp(tmp_path / "qmp")
+    unless = Unless(monitor, "RESET", "the host restarted")
+    with pytest.raises(Happened, match="the host restarted"):
+        client.exec(["true"], seconds=60, unless=unless)
+    assert [monitor.wait_event("RESET", 1)["data"]["which"] for _ in range(2)] == [1, 2]
+    client.close()
+    monitor.close()
+
+
+def test_an_answer_comes_through_beside_other_events(agent: Agent, tmp_path: Path) -> None:
+    serve(tmp_path / "qmp", qemu)
+    monitor = Qmp(tmp_path / "qmp")
+    unless = Unless(monitor, "RESET", "the host restarted")
+    monitor.execute("stop")
+    assert agent.exec(["echo", "here"], unless=unless).out == "here\n"
+    monitor.close()
 
 
 def test_the_real_loop_serves_and_survives_a_broken_line() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from tests.unit.test_update_machine import World, boot, install
+from tests.unit.test_update_machine import World, apply, boot, download, install, names
 from vmm.errors import Conflict, Unavailable
 from vmm.update import gate
 from vmm.update.types import Failed
@@ -22,6 +22,14 @@ def fails(times: int, message: str = "not yet") -> Callable[[], None]:
             raise Unavailable(message)
 
     return check
+
+
+def on_trial(world: World) -> str:
+    """Start the version that waits; the id of that boot."""
+    boot(world, "1.1.0")
+    # The gate may ask again in the same boot.
+    assert [world.work.settle().kind for _ in range(2)] == ["trial", "trial"]
+    return world.env.running.boot
 
 
 def test_checks_are_waited_for_in_order() -> None:
@@ -47,14 +55,53 @@ def test_a_version_that_passed_is_kept(world: World) -> None:
 
 def test_a_version_that_failed_gets_no_further_try_and_its_reason_is_known_afterwards(world: World) -> None:
     install(world)
-    boot(world, "1.1.0")
+    tried = on_trial(world)
     world.work.condemn("guest: the probe guest was not ready")
     assert world.machine.entries()[0].bad
     boot(world, "1.0.0")
     verdict = world.work.settle()
     assert (verdict.kind, verdict.version) == ("failed", "1.1.0")
-    assert verdict.reason == "guest: the probe guest was not ready"
-    assert world.env.store.state.failed[0].reason == "guest: the probe guest was not ready"
+    assert verdict.reason == f"guest: the probe guest was not ready (boot {tried})"
+    assert world.env.store.state.failed[0].reason == verdict.reason
+
+
+def test_what_the_gate_said_is_the_reason(world: World) -> None:
+    install(world)
+    tried = on_trial(world)
+    gate = {"version": "1.1.0", "boot": tried, "reason": "guest: it did not start", "time": "2026-12-01T12:00:00Z"}
+    (world.env.folder / "gate.json").write_bytes(msgspec.json.encode(gate))
+    boot(world, "1.0.0")
+    world.work.settle()
+    assert world.env.store.state.failed[0].reason == f"guest: it did not start (boot {tried})"
+    assert world.records[-1].extra["boots"] == [tried]
+    # It had tries left, and is not given them.
+    assert "holdfast_1.1.0+0-0.efi" in names(world)
+
+
+def test_boots_whose_gate_did_not_decide_are_the_reason(world: World) -> None:
+    install(world)
+    tried = [on_trial(world), on_trial(world)]
+    (world.machine.linux / "holdfast_1.1.0+3-0.efi").rename(world.machine.linux / "holdfast_1.1.0+0-3.efi")
+    boot(world, "1.0.0")
+    assert world.work.settle().reason == (
+        f"its health gate did not decide in 3 tries (known boots: {', '.join(tried)}); 1.0.0 was started again"
+    )
+    assert world.records[-1].extra["boots"] == tried
+
+
+def test_what_the_gate_said_of_an_earlier_attempt_is_not_the_reason(world: World) -> None:
+    install(world)
+    on_trial(world)
+    world.work.condemn("guest: it did not start")
+    boot(world, "1.0.0")
+    world.work.settle()
+    download(world, "1.1.0", retry=True)
+    apply(world)
+    before = world.env.running.boot
+    (world.machine.linux / "holdfast_1.1.0+3-0.efi").rename(world.machine.linux / "holdfast_1.1.0+0-3.efi")
+    boot(world, "1.0.0")
+    verdict = world.work.settle()
+    assert verdict.reason == f"it did not reach its health gate in 3 tries after boot {before}; 1.0.0 was started again"
 
 
 def test_a_version_that_was_kept_cannot_be_condemned(world: World) -> None:

@@ -132,6 +132,7 @@ UPDATE_EVENTS = (
         fields={
             "running": Field("text", "the version that runs instead"),
             "root_hash": Field("text", "its root hash"),
+            "boots": Field("texts", "the boots in which it was tried, of those that reached the updater"),
         },
     ),
     Event(

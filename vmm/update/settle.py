@@ -8,7 +8,7 @@ from typing import Literal
 import msgspec
 
 from vmm.update.esp import BootEntry, started_by
-from vmm.update.state import State, Waiting
+from vmm.update.state import GateFailure, State, Waiting
 from vmm.update.types import version_key
 
 Kind = Literal["nothing", "trial", "blessed", "failed", "withdrawn"]
@@ -27,7 +27,9 @@ class Verdict(msgspec.Struct, frozen=True):
     tries: int = 0
 
 
-def judge(state: State, entries: Sequence[BootEntry], version: str, root_hash: str, boot: str, gate: str) -> Verdict:
+def judge(
+    state: State, entries: Sequence[BootEntry], version: str, root_hash: str, boot: str, gate: GateFailure | None
+) -> Verdict:
     """Compare what runs with what was installed.
 
     Arguments: ``version``, ``root_hash`` and ``boot`` of the running system; ``gate`` is what its health gate said
@@ -51,15 +53,19 @@ def judge(state: State, entries: Sequence[BootEntry], version: str, root_hash: s
     return Verdict("failed", waiting.version, _reason(waiting, entry, version, gate))
 
 
-def _reason(waiting: Waiting, entry: BootEntry | None, version: str, gate: str) -> str:
-    if gate:
-        return gate
+def _reason(waiting: Waiting, entry: BootEntry | None, version: str, gate: GateFailure | None) -> str:
+    """Which check failed and in which boot. A boot that did not reach the updater is known by the one before it."""
+    if gate is not None:
+        return f"{gate.reason} (boot {gate.boot})"
     if entry is None:
-        return f"its boot entry is gone; {version} was started instead"
-    if entry.bad:
-        tried = f"in {entry.done} tries" if entry.done else "in its tries"
-        return f"it did not reach its health gate {tried}; {version} was started again"
-    return f"{version} was started although {waiting.version} had {entry.left} tries left"
+        return f"its boot entry was gone after boot {waiting.boot}; {version} was started instead"
+    if not entry.bad:
+        return f"{version} was started after boot {waiting.boot} although {waiting.version} had {entry.left} tries left"
+    tried = f"in {entry.done} tries" if entry.done else "in its tries"
+    if waiting.boots:
+        known = ", ".join(waiting.boots)
+        return f"its health gate did not decide {tried} (known boots: {known}); {version} was started again"
+    return f"it did not reach its health gate {tried} after boot {waiting.boot}; {version} was started again"
 
 
 def newest_usable(entries: Sequence[BootEntry]) -> list[BootEntry]:

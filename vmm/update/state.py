@@ -13,7 +13,7 @@ from vmm.update.types import DbAppend, Failed, Hex256, VersionText
 
 _MOST_HISTORY = 500
 _MOST_LINE = 8 << 10
-_MOST_FAILED, _MOST_BLESSED = 32, 64
+_MOST_FAILED, _MOST_BLESSED, _MOST_BOOTS = 32, 64, 8
 _MOST_FILE = 8 << 20
 
 SourceName = Literal["repository", "bundle"]
@@ -24,7 +24,7 @@ AskedSource = Literal[SourceName, "stick"]
 class Waiting(msgspec.Struct, frozen=True):
     """A version whose UKI is, or is about to be, on the ESP. ``boot`` is the boot in which that happened.
 
-    ``certain`` is False while it is only about to be.
+    ``certain`` is False while it is only about to be. ``boots`` are the latest of its own that reached the updater.
     """
 
     version: VersionText
@@ -32,6 +32,7 @@ class Waiting(msgspec.Struct, frozen=True):
     root_hash: str
     boot: str
     certain: bool = False
+    boots: tuple[str, ...] = ()
 
 
 class KeyChange(msgspec.Struct, frozen=True):
@@ -74,11 +75,12 @@ class State(msgspec.Struct, frozen=True):
 
 
 class GateFailure(msgspec.Struct, frozen=True):
-    """Why a boot's health gate was not passed, as the gate leaves it in gate.json."""
+    """Why a boot's health gate was not passed, and which boot's, as it is left in gate.json."""
 
     version: str
+    boot: str
     reason: str
-    time: str = ""
+    time: str
 
 
 class Event(msgspec.Struct, frozen=True):
@@ -134,17 +136,29 @@ class Store:
         failed = tuple(known for known in self.state.failed if known.version != version)
         self.change(blessed=(*others, version)[-_MOST_BLESSED:], failed=failed, **fields)
 
-    def gate_failure(self, version: str) -> str:
-        """What the health gate said when it refused a version; empty if it said nothing."""
+    def note_trial(self, boot: str) -> None:
+        """Remember a boot of the version that waits. Raises: OSError."""
+        waiting = self.state.installed
+        if waiting is not None and boot not in waiting.boots:
+            self.change(installed=msgspec.structs.replace(waiting, boots=(*waiting.boots, boot)[-_MOST_BOOTS:]))
+
+    def gate_failure(self) -> GateFailure | None:
+        """What the health gate said when it refused the version that waits; None if it said nothing.
+
+        What it said of an earlier attempt with the same version is left out: that was in another boot.
+        """
+        waiting = self.state.installed
         try:
             failure = msgspec.json.decode(_read(self._gate), type=GateFailure)
         except (msgspec.MsgspecError, OSError, UnicodeDecodeError):
-            return ""
-        return failure.reason[:1000] if failure.version == version else ""
+            return None
+        if waiting is None or failure.version != waiting.version or failure.boot not in waiting.boots:
+            return None
+        return failure
 
-    def note_gate_failure(self, version: str, reason: str, time: str) -> None:
+    def note_gate_failure(self, failure: GateFailure) -> None:
         """Leave word of why a version is about to be given up, for the boot after this one. Raises: OSError."""
-        atomic.write(self._gate, msgspec.json.encode(GateFailure(version, reason, time)), mode=0o600)
+        atomic.write(self._gate, msgspec.json.encode(failure), mode=0o600)
 
     def history(self) -> list[Event]:
         """What happened, oldest first; lines that cannot be read are left out."""

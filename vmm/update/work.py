@@ -22,7 +22,7 @@ from vmm.update.rotation import Rotation
 from vmm.update.settle import Verdict, judge, newest_usable
 from vmm.update.source import DirectorySource, HttpSource, Source
 from vmm.update.staging import Origin
-from vmm.update.state import AskedSource, SourceName, Waiting
+from vmm.update.state import AskedSource, GateFailure, SourceName, Waiting
 from vmm.update.types import Failed, Release, version_key
 
 
@@ -139,11 +139,11 @@ class Work:
         env = self._env
         run = env.running
         with named_errors():
-            waiting = env.store.state.installed
-            gate = env.store.gate_failure(waiting.version) if waiting else ""
             entries = env.system.entries()
-            verdict = judge(env.store.state, entries, run.version, run.root_hash, run.boot, gate)
-            if verdict.kind == "blessed":
+            verdict = judge(env.store.state, entries, run.version, run.root_hash, run.boot, env.store.gate_failure())
+            if verdict.kind == "trial":
+                env.store.note_trial(run.boot)
+            elif verdict.kind == "blessed":
                 self._record_blessing()
             elif verdict.kind == "nothing" and run.version in env.store.state.blessed and self._seals_are_due():
                 self._renew_seals_again()
@@ -175,7 +175,8 @@ class Work:
         """The running version has failed its gate: it gets no further try. Raises: UserError."""
         env = self._env
         with named_errors():
-            env.store.note_gate_failure(env.running.version, reason, rfc3339(env.now()))
+            run = env.running
+            env.store.note_gate_failure(GateFailure(run.version, run.boot, reason, rfc3339(env.now())))
             own = self._own_entry()
             if own is None or own.blessed:
                 raise Conflict("the running version is not on trial")
@@ -228,7 +229,12 @@ class Work:
         for entry in entries:
             if entry.version == verdict.version and not entry.bad:
                 mark_bad(entry)
-        extra = {"running": env.running.version, "root_hash": env.running.root_hash}
+        tried = env.store.state.installed
+        extra = {
+            "running": env.running.version,
+            "root_hash": env.running.root_hash,
+            "boots": list(tried.boots) if tried else [],
+        }
         env.recorder.event("update.failed", verdict.version, failed=True, reason=verdict.reason, extra=extra)
         failed = Failed(verdict.version, verdict.reason, rfc3339(env.now()))
         env.store.fail(failed, installed=None)
