@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
@@ -146,11 +147,8 @@ def workdir(request: pytest.FixtureRequest) -> Path:
     """An empty folder for a test's machine; it stays for its logs until the test runs again."""
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", request.node.nodeid.removeprefix("tests/"))
     directory = _TEST_FOLDER / "run" / name
-    if directory.exists():
-        for old in directory.iterdir():
-            if old.is_file():
-                old.unlink()
-    directory.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
     return directory
 
 
