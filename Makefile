@@ -27,7 +27,7 @@ $(GUESTS): image tests/guest/*
 run: image $(GUESTS) ## boot the image in QEMU and try it with the command line tool; FRESH=1 installs it anew
 	@trap '' INT; $(TOOLS) python3 -m tests.run
 
-test: test-unit test-host ## tests without an image, then on the booted one; about three quarters of an hour
+test: test-unit test-host ## tests without an image, then on the booted one; about 35 minutes
 
 test-all: test-unit ## the same with those that take long: all attacks, more restarts; before a release
 	@$(MAKE) --no-print-directory test-host LONG=1

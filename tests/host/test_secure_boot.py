@@ -176,6 +176,7 @@ def test_a_volume_in_the_other_s_place_is_refused(booted: Checkpoint, installed:
     assert _headers(disk) == before
 
 
+@pytest.mark.long
 def test_volumes_of_two_installations_are_refused(
     booted: Checkpoint, installed: Files, built_image: Image, workdir: Path
 ) -> None:

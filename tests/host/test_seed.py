@@ -55,6 +55,7 @@ def test_a_wrong_seed_is_refused_as_a_whole(fresh_disk: Files, clients: dict[str
         assert host.api(clients["admin"]).call("GET", "/v1/configuration")["hostname"] == "by-stick"
 
 
+@pytest.mark.long
 def test_a_seed_in_the_image_configures_the_host(
     built_image: Image, workdir: Path, clients: dict[str, Identity]
 ) -> None:
