@@ -75,5 +75,7 @@ def mark_good(entry: BootEntry) -> BootEntry:
 def _rename(path: Path, name: str) -> Path:
     target = path.with_name(name)
     os.replace(path, target)
+    # On FAT the new name has neither size nor content until the file itself is synced; the folder's sync leaves it so.
+    atomic.sync_file(target)
     atomic.sync_folder(target.parent)
     return target
