@@ -26,7 +26,8 @@ START, STOP, RECOVERED, FULL, REFUSED = "audit.start", "audit.stop", "audit.reco
 
 Phase = Literal["intent", "outcome", "event"]
 Outcome = Literal["success", "failure", "pending"]
-Type = Annotated[str, msgspec.Meta(pattern=r"\A[a-z][a-z0-9-]*(\.[a-z0-9-]+)+\Z", max_length=64)]
+TYPE_PATTERN = r"\A[a-z][a-z0-9-]*(\.[a-z0-9-]+)+\Z"
+Type = Annotated[str, msgspec.Meta(pattern=TYPE_PATTERN, max_length=64)]
 Fingerprint = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 Digest = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{96}\Z")]
 Time = Annotated[str, msgspec.Meta(pattern=r"\A\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z\Z")]

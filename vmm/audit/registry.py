@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import msgspec
 
-from vmm.audit.records import Entry, Phase
+from vmm.audit.records import TYPE_PATTERN, Entry, Phase
 from vmm.errors import Forbidden, UserError
 
 Unit = Literal["holdfast-api", "holdfast-core", "holdfast-host", "holdfast-audit"]
@@ -20,7 +20,6 @@ Unit = Literal["holdfast-api", "holdfast-core", "holdfast-host", "holdfast-audit
 Kind = Literal["text", "integer", "boolean", "texts", "map", "maps"]
 """What a field of one's own holds; "texts" and "maps" are lists, and what a map holds is its producer's affair."""
 
-_TYPE = re.compile(r"[a-z][a-z0-9-]*(\.[a-z0-9-]+)+")
 _MOST_NAME = 64
 
 
@@ -56,7 +55,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         """Raises: ValueError for a type that no record could be of."""
-        if not _TYPE.fullmatch(self.type) or not (self.title and self.meaning):
+        if not re.match(TYPE_PATTERN, self.type) or not (self.title and self.meaning):
             raise ValueError(f"{self.type!r}: needs a type as in a.b, a title and a meaning")
         if not self.producers or not self.phases or ("intent" in self.phases and "outcome" not in self.phases):
             raise ValueError(f"{self.type}: needs producers and phases, and an intent its outcome")

@@ -75,7 +75,8 @@ def mark_good(entry: BootEntry) -> BootEntry:
 def _rename(path: Path, name: str) -> Path:
     target = path.with_name(name)
     os.replace(path, target)
-    # On FAT the new name has neither size nor content until the file itself is synced; the folder's sync leaves it so.
+    # Linux' vfat makes the new name without size and content, and fills them in when the file's own inode is written.
+    # Syncing the folder first would put that on the disk, with the old name gone; the file first, and both go at once.
     atomic.sync_file(target)
     atomic.sync_folder(target.parent)
     return target

@@ -18,8 +18,6 @@ RESERVE = 64 << 20
 def publish(temporary: Path, final: Path) -> None:
     """Give a written and synced file its name. Raises: OSError."""
     os.replace(temporary, final)
-    # As in esp.py: the name alone is not enough on FAT.
-    atomic.sync_file(final)
     atomic.sync_folder(final.parent)
 
 
