@@ -70,8 +70,18 @@ class AuditClient:
         result: dict[str, Any] = await self._call("read", {"after": after, "limit": limit})
         return result
 
+    async def checkpoint(self) -> dict[str, Any]:
+        """Have all records so far anchored; the newest checkpoint. Raises: Unavailable; Forbidden as for read()."""
+        result: dict[str, Any] = await self._call("checkpoint", {})
+        return result
+
     async def health(self) -> dict[str, Any]:
-        """``{"ok": bool, "seq": n, "head": hex}``; not ok while records are refused. Raises: Unavailable."""
+        """How the daemon stands. Raises: Unavailable.
+
+        Returns: ``{"ok": bool, "seq": n, "head": hex, "anchored": n, "anchor": "tpm", "software" or "",
+        "anchor_failure": text}``; not ok while records are refused, ``anchored`` is the last record that a checkpoint
+        covers, as far as this run of the daemon knows.
+        """
         result: dict[str, Any] = await self._call("health", {})
         return result
 
