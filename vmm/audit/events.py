@@ -69,7 +69,7 @@ _OF_AUDIT = (
     Event(
         type=CHECKPOINT,
         title="anchor audit trail",
-        meaning="The trail as it stood shortly before is proven by the TPM; failed, nothing is until the next one.",
+        meaning="The TPM, or what stands in for it, proves the trail as it stood shortly before; or could not.",
         producers=_AUDIT,
         fields={
             "covers": Field("integer", "the number of the last record that it covers, and all before it"),
