@@ -21,7 +21,7 @@ from vmm.audit.client import AuditClient, Entry
 from vmm.errors import Unavailable
 from vmm.process import spawn
 
-KILLS = 12
+KILLS = 8
 _DAEMON = """
 import os, pwd, vmm.audit.anchoring as a, vmm.audit.server as s
 a.Checkpoints.__init__.__kwdefaults__.update(first=0, interval=0.001)

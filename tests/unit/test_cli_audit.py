@@ -99,6 +99,5 @@ def test_audit_lines_for_people(api: FakeApi, capsys: Capture) -> None:
     capsys.readouterr()
     holdfast("audit", "list", "--after", "2")
     assert capsys.readouterr().out == (
-        "3 2026-11-23T04:05:06.123456Z alice@10.0.2.2:4711 note start machine web: ümläut ?[2J "
-        '[a={"b":3,"y":2} z=1]\n'
+        '3 2026-11-23T04:05:06.123456Z alice@10.0.2.2:4711 note start machine web: ümläut ?[2J [a={"b":3,"y":2} z=1]\n'
     )
