@@ -50,13 +50,15 @@ def test_a_whole_trail_says_how_far_it_is_anchored(tmp_path: Path) -> None:
     text = report.text()
     assert "NOT anchored: records 10 to 12" in text and "SOFTWARE" in text
     assert report.newest is not None and report.newest.proof.fingerprint in text
+    assert "NOT compared" in text
     # A part proves itself as well, from any record up to the checkpoint that covers it.
     part = verified(lines[4:10], tmp_path)
     assert (part.problem, part.first, part.covered, part.last) == (None, 5, 9, 10)
     assert "NOT anchored: records 5 to 6" in verified(lines[4:6], tmp_path).text()
     # A checkpoint known from elsewhere covers what the trail's own do not.
     known = checkpoints(tmp_path / "store")[-1]
-    assert verified(lines[:9], tmp_path, known).covered == 9
+    report = verified(lines[:9], tmp_path, known)
+    assert report.covered == 9 and "NOT" not in report.text()
 
 
 Attack = Callable[[list[bytes]], list[bytes]]

@@ -54,7 +54,8 @@ class Report(msgspec.Struct, frozen=True):
     """What a verification found.
 
     ``records`` counts those before the first problem; those up to ``covered`` are anchored, by ``newest`` (0 and None
-    where nothing is); ``notes`` are what is odd and may be honest.
+    where nothing is); ``notes`` are what is odd and may be honest; ``compared`` says whether the key is known to be the
+    host's. If not, somebody may have made trail, anchor and key.
     """
 
     records: int
@@ -65,6 +66,7 @@ class Report(msgspec.Struct, frozen=True):
     covered: int = 0
     newest: Checkpoint | None = None
     notes: tuple[str, ...] = ()
+    compared: bool = False
 
     def text(self) -> str:
         """A trail without problem, for people."""
@@ -73,6 +75,8 @@ class Report(msgspec.Struct, frozen=True):
             proof = self.newest.proof
             by = "the TPM" if proof.anchor == "tpm" else "a SOFTWARE anchor, which whoever had the host had as well"
             said.append(f"checkpoint {proof.counter} by {by}; key {proof.fingerprint}")
+            if not self.compared:
+                said.append("NOT compared: nothing was given (--known) that shows whose key this is")
         if self.covered < self.last:
             first = max(self.covered + 1, self.first)
             what = f"record {self.last}" if first == self.last else f"records {first} to {self.last}"
@@ -280,7 +284,7 @@ def _verify(stream: Iterator[bytes], chain: Chain, head: str | None, known: Chec
     except OSError as error:
         die(f"{error.filename}: {error.strerror}")
     last = first + count - 1 if count else 0
-    return Report(count, first, last, end, problem, anchors.covered, anchors.newest, clock.notes)
+    return Report(count, first, last, end, problem, anchors.covered, anchors.newest, clock.notes, known is not None)
 
 
 def _number(line: bytes) -> int | None:
