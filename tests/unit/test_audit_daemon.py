@@ -20,7 +20,7 @@ import pytest
 from tests.harness.waiting import poll
 from vmm import wire
 from vmm.audit import verify
-from vmm.audit.anchor import SoftwareAnchor
+from vmm.audit.anchor import Anchor, SoftwareAnchor
 from vmm.audit.checkpoint import Proof
 from vmm.audit.client import AuditClient, Entry
 from vmm.audit.events import EVENTS
@@ -130,10 +130,10 @@ def test_start_stop_and_interrupted_intents(tmp_path: Path) -> None:
 
 
 class LocalAnchor:
-    """The software anchor, without a service between."""
+    """An anchor without a service between: the software anchor in a folder, or another one."""
 
-    def __init__(self, folder: Path) -> None:
-        self._anchor = SoftwareAnchor(folder)
+    def __init__(self, anchor: Path | Anchor) -> None:
+        self._anchor: Anchor = SoftwareAnchor(anchor) if isinstance(anchor, Path) else anchor
 
     async def certify(self, digest: str, past: int) -> Proof:
         return self._anchor.certify(digest, past)

@@ -11,13 +11,17 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from tests.unit.test_audit_anchor import Managed
 from tests.unit.test_audit_checkpoints import checkpoints, trail
 from tests.unit.test_audit_daemon import EVENT, OWN, LocalAnchor
+from tests.unit.test_update_floor import needs_tpm, tcti
 from vmm.audit import verify
 from vmm.audit.checkpoint import Checkpoint
 from vmm.audit.records import GENESIS, Entry, canonical, digest, parse
 from vmm.audit.store import Draft, Store
 from vmm.errors import UserError
+
+__all__ = ["tcti"]
 
 pytestmark = pytest.mark.sfr("FAU_STG.1")
 
@@ -114,6 +118,20 @@ def test_an_older_store_put_back_shows_once_it_goes_on(tmp_path: Path) -> None:
     trail(old, anchor, rounds=1)
     problem = verify.verify_directory(old).problem
     assert problem is not None and problem.kind == "replay" and "checkpoints between 2 and 5" in problem.why
+
+
+@needs_tpm
+def test_a_tpm_does_not_go_back_with_the_store(tcti: str, tmp_path: Path) -> None:
+    anchor, store, old = LocalAnchor(Managed(tcti)), tmp_path / "store", tmp_path / "old"
+    trail(store, anchor, rounds=1)
+    shutil.copytree(store, old)
+    trail(store, anchor, rounds=2)
+    (known, *_) = checkpoints(store)
+    report = verify.verify_directory(store, known=known)
+    assert report.problem is None and "by the TPM" in report.text() and "NOT compared" not in report.text()
+    trail(old, anchor, rounds=1)
+    problem = verify.verify_directory(old, known=known).problem
+    assert problem is not None and problem.kind == "replay"
 
 
 def test_not_even_the_last_checkpoint_can_be_taken_back(tmp_path: Path) -> None:
