@@ -28,7 +28,7 @@ SOURCES: dict[Unit, tuple[str, ...]] = {
     "holdfast-api": ("api/*.py",),
     "holdfast-core": ("core/*.py", "machines/*.py"),
     "holdfast-host": ("config/*.py", "update/*.py"),
-    "holdfast-audit": ("audit/store.py", "audit/server.py"),
+    "holdfast-audit": ("audit/store.py", "audit/server.py", "audit/anchoring.py"),
 }
 """Where each producer's code lies."""
 

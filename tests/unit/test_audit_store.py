@@ -152,10 +152,10 @@ def test_verifier_names_record_and_reason(tmp_path: Path, capsys: pytest.Capture
     wrong = verify.verify_file(export, prev=digest(lines[0])).problem
     assert wrong is not None and "link" in wrong.why
     export.write_bytes(b"".join(lines[2:4]))
-    with pytest.raises(UserError, match="record 5: the trail does not end"):
+    with pytest.raises(UserError, match="record 5: truncation: the trail does not end"):
         verify.command([str(export), "--head", head])
     export.write_bytes(lines[1] + lines[3])
-    with pytest.raises(UserError, match="record 3: record 4 stands where 3 was expected"):
+    with pytest.raises(UserError, match="record 3: deletion: record 4 stands where 3 was expected"):
         verify.command([str(export)])
     with pytest.raises(UserError, match="no audit segments"):
         verify.command([str(tmp_path)])

@@ -12,7 +12,6 @@ import pytest
 
 from tests.unit.test_cli_rig import CONFIGURATION, MACHINE, UUID, VOLUME, FakeApi, enrolled, fake_api, holdfast
 from vmm import process
-from vmm.audit.records import GENESIS, canonical, digest
 from vmm.cli import client, output, settings
 from vmm.errors import Conflict, NotFound, UserError
 
@@ -237,60 +236,6 @@ def test_an_upload_that_is_refused_at_once_says_why(api: FakeApi, tmp_path: Path
     api.answers[path] = (409, "there is a volume v1 already")
     with pytest.raises(UserError, match="there is a volume v1 already"):
         holdfast("volume", "upload", str(image), "v1")
-
-
-def records(count: int) -> list[bytes]:
-    """A chain of canonical audit records (without newlines)."""
-    result: list[bytes] = []
-    prev = GENESIS
-    for seq in range(1, count + 1):
-        line = canonical(
-            {
-                "v": 1,
-                "seq": seq,
-                "prev": prev,
-                "boot": "b",
-                "time": "2026-11-23T04:05:06.123456Z",
-                "type": "machine.start",
-                "phase": "event",
-                "producer": {"uid": 902, "unit": "holdfast-core"},
-                "actor": {"id": "alice", "role": "admin", "origin": "10.0.2.2:4711"},
-                "object": {"kind": "machine", "id": "", "name": "web"},
-                "outcome": "success",
-                "reason": "ümläut \x1b[2J",
-                "request": "",
-                "extra": {"z": 1, "a": {"y": 2, "b": 3}},
-            }
-        )
-        result.append(line.rstrip(b"\n"))
-        prev = digest(line)
-    return result
-
-
-def test_an_audit_export_can_be_verified(api: FakeApi, capsys: Capture, tmp_path: Path) -> None:
-    api.records = records(5)
-    capsys.readouterr()
-    holdfast("audit", "list", "--json")
-    export = capsys.readouterr().out
-    assert export.encode() == b"".join(record + b"\n" for record in api.records)
-    assert len(api.seen) == 3
-    path = tmp_path / "export"
-    path.write_text(export)
-    holdfast("audit", "verify", str(path))
-    assert capsys.readouterr().out.startswith("5 records, 1 to 5, unbroken")
-    path.write_text(export.replace("alice", "mallo", 1))
-    with pytest.raises(UserError, match="record 2: its link does not fit"):
-        holdfast("audit", "verify", str(path))
-
-
-def test_audit_lines_for_people(api: FakeApi, capsys: Capture) -> None:
-    api.records = records(3)
-    capsys.readouterr()
-    holdfast("audit", "list", "--after", "2")
-    assert capsys.readouterr().out == (
-        "3 2026-11-23T04:05:06.123456Z alice@10.0.2.2:4711 note start machine web: ümläut ?[2J "
-        '[a={"b":3,"y":2} z=1]\n'
-    )
 
 
 def test_unknown_and_missing_remotes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

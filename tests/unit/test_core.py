@@ -293,6 +293,10 @@ def test_audit_is_read_through_core(tmp_path: Path) -> None:
                 "records": [{"seq": 42}],
                 "next": None,
             }
+            intent_and_others = len(core.audit.entries) + 1
+            assert await core.call("audit.anchor", "auditor") == {"covers": intent_and_others}
+            with pytest.raises(Forbidden):
+                await core.call("audit.anchor", "operator")
             assert await core.call("health.read", "operator") == {
                 "status": "ok",
                 "checks": [{"name": "everything", "ok": True, "detail": "fine"}],

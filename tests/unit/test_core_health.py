@@ -129,6 +129,9 @@ def test_an_unknown_domain_is_reported_once_recorded(root: Path, tmp_path_factor
         rig.hypervisor.connected = False
         failed = [check for check in (await watch.health()).checks if not check.ok]
         assert [check.name for check in failed] == ["libvirt", "unknown-domains"]
+        audit.anchor_failure = "the TPM does not answer"
+        failed = [check for check in (await watch.health()).checks if not check.ok]
+        assert (failed[0].name, failed[0].detail) == ("audit-anchor", "the TPM does not answer")
         server.close()
         rig.database.close()
 

@@ -203,6 +203,7 @@ class FakeAudit:
     def __init__(self) -> None:
         self.entries: list[Entry] = []
         self.refuse_from = 1 << 30
+        self.anchor_failure = ""
 
     async def handle(self, request: wire.Request, _channel: wire.Channel) -> Any:
         if request.method == "append":
@@ -215,7 +216,10 @@ class FakeAudit:
             return {"seq": len(self.entries)}
         if request.method == "read":
             return {"records": [{"seq": request.params["after"] + 1}], "next": None}
-        return {"ok": True, "seq": len(self.entries), "head": ""}
+        if request.method == "checkpoint":
+            return {"covers": len(self.entries)}
+        anchor = {"anchored": len(self.entries), "anchor": "tpm", "anchor_failure": self.anchor_failure}
+        return {"ok": True, "seq": len(self.entries), "head": "", **anchor}
 
     def said(self) -> list[tuple[str, str, str]]:
         """(type, phase, outcome) of every entry."""

@@ -42,7 +42,7 @@ _CALLS = {
 }
 
 MOST_LINES = 400
-_LEAF = {"errors", "process", "wire", "paths", "notify", "atomic", "clock", "release"}
+_LEAF = {"errors", "process", "wire", "paths", "notify", "atomic", "clock", "release", "tpm"}
 
 
 def committed() -> Iterator[Path]:

@@ -6,7 +6,7 @@ tests find what is missing of these.
 
 from __future__ import annotations
 
-from vmm.audit.records import FULL, RECOVERED, REFUSED, START, STOP
+from vmm.audit.records import CHECKPOINT, FULL, RECOVERED, REFUSED, START, STOP
 from vmm.audit.registry import Event, Field, Registry, Serves, Unit
 from vmm.audit.rows import ACTION, ARGS, CORE, HOST, MANAGED, change, read
 from vmm.audit.update_events import UPDATE_EVENTS
@@ -65,6 +65,18 @@ _OF_AUDIT = (
         serves=(
             Serves("FAU_STG_EXT.1", "Audit capture failed for lack of space or because a set limit was reached"),
         ),
+    ),
+    Event(
+        type=CHECKPOINT,
+        title="anchor audit trail",
+        meaning="The TPM, or what stands in for it, proves the trail as it stood shortly before; or could not.",
+        producers=_AUDIT,
+        fields={
+            "covers": Field("integer", "the number of the last record that it covers, and all before it"),
+            "head": Field("text", "that record's hash"),
+            "segment": Field("integer", "the number of the first record in that record's file"),
+            "proof": Field("map", "the anchor (tpm or software), its key, its counter, and what it signed"),
+        },
     ),
     Event(
         type=REFUSED,
@@ -157,6 +169,7 @@ _OF_CORE = (
     read("health.read", "show health", "Somebody asks whether the host is sound."),
     read("config.read", "show configuration", "Somebody reads the configuration."),
     read("audit.read", "read audit trail", "Somebody reads records."),
+    change("audit.anchor", "have audit trail anchored", "A checkpoint over all records so far is to be made."),
     change("recovery.fetch", "fetch recovery keys", "An administrator takes the volumes' recovery keys, once."),
     change("host.reboot", "restart host", "The host is to restart; its guests are stopped first."),
     change("host.shutdown", "switch host off", "The host is to be switched off; its guests are stopped first."),

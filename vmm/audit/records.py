@@ -22,6 +22,7 @@ MAX_LINE = 32 << 10
 """Bytes of the longest line; large enough for any record, small enough to bound every buffer."""
 
 START, STOP, RECOVERED, FULL, REFUSED = "audit.start", "audit.stop", "audit.recovered", "audit.full", "audit.refused"
+CHECKPOINT = "audit.checkpoint"
 """Types that the audit daemon itself writes; all there are stand in vmm.audit.events."""
 
 Phase = Literal["intent", "outcome", "event"]

@@ -15,6 +15,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 
 from vmm import wire
+from vmm.audit.anchoring import Anchor, AnchorClient, Checkpoints
 from vmm.audit.events import EVENTS
 from vmm.audit.records import REFUSED, START, STOP, Actor, Entry, Producer, check
 from vmm.audit.registry import Unit
@@ -53,10 +54,14 @@ class Read(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Journal:
-    """Appends to a store from many tasks: whatever waits while the disk is busy shares the next sync."""
+    """Appends to a store from many tasks: whatever waits while the disk is busy shares the next sync.
+
+    ``sealed`` is set whenever a segment was begun, and with it the one before ended.
+    """
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self.sealed = asyncio.Event()
         self._waiting: list[tuple[Draft, asyncio.Future[int]]] = []
         self._wake = asyncio.Event()
 
@@ -78,6 +83,7 @@ class Journal:
 
     async def _commit(self, batch: Sequence[tuple[Draft, asyncio.Future[int]]]) -> None:
         waiting = [(future, index) for index, (_, future) in enumerate(batch)]
+        segment = self.store.segment
         try:
             numbers = await asyncio.to_thread(self.store.append, [draft for draft, _ in batch])
         except Exception as error:  # noqa: BLE001 - whoever waits must hear of it, whatever it is
@@ -85,6 +91,8 @@ class Journal:
                 if not future.done():
                     future.set_exception(error)
             return
+        if self.store.segment != segment:
+            self.sealed.set()
         for future, index in waiting:
             if not future.done():
                 future.set_result(numbers[index])
@@ -100,10 +108,12 @@ class Service:
         producers: Mapping[int, Unit],
         readers: frozenset[int],
         about: Mapping[str, str] | None = None,
+        anchor: Anchor | None = None,
     ) -> None:
-        """Arguments: the daemon as a producer, the uids that may append, those that may read, and what
-        ``audit.start`` says of the host.
+        """Arguments: the daemon as a producer, the uids that may append, those that may read, what ``audit.start``
+        says of the host, and what checkpoints are anchored in (the service for that unless given).
         """
+        self.checkpoints = Checkpoints(journal, own, anchor or AnchorClient())
         self._journal = journal
         self._own = own
         self._producers = producers
@@ -138,12 +148,17 @@ class Service:
             await asyncio.sleep(_RETRY)
 
     async def close(self) -> None:
-        """Take no more records and write ``audit.stop`` behind those under way. Raises: Unavailable."""
+        """Take no more records, and write ``audit.stop`` behind those under way and a checkpoint behind that.
+
+        Raises: Unavailable when the former cannot be written.
+        """
         if self._open:
             self._open = False
             for refusals in self._refusals.values():
                 await refusals.close()
             await self._journal.append(Entry(type=STOP), self._own)
+            with contextlib.suppress(Unavailable):
+                await self.checkpoints.make()
 
     async def handle(self, request: wire.Request, channel: wire.Channel) -> Any:
         """One call. What is refused, instead of put off, is on record soon after. Raises: UserError."""
@@ -151,15 +166,27 @@ class Service:
         match request.method:
             case "append":
                 return {"seq": await self._append(request, uid)}
+            case "checkpoint" | "read" if uid not in self._readers:
+                raise self._refused(request, uid, Forbidden(f"uid {uid} may not read the audit trail"))
+            case "checkpoint":
+                if not self._open:
+                    raise Unavailable("the audit daemon takes no records, so it makes no checkpoint")
+                return await self.checkpoints.make()
             case "read":
-                if uid not in self._readers:
-                    raise self._refused(request, uid, Forbidden(f"uid {uid} may not read the audit trail"))
                 wanted = _convert(request.params, Read)
                 page = await asyncio.to_thread(self._journal.store.read, wanted.after, wanted.limit)
                 return {"records": [msgspec.Raw(line) for line in page.records], "next": page.next}
             case "health":
                 seq, head = self._journal.store.end
-                return {"ok": self._open and not self._journal.store.full, "seq": seq, "head": head}
+                newest = self.checkpoints.newest
+                return {
+                    "ok": self._open and not self._journal.store.full,
+                    "seq": seq,
+                    "head": head,
+                    "anchored": newest.covers if newest else 0,
+                    "anchor": newest.proof.anchor if newest else "",
+                    "anchor_failure": self.checkpoints.failure,
+                }
         raise NotFound(f"the audit daemon has no method {request.method!r}")
 
     async def _append(self, request: wire.Request, uid: int) -> int:
@@ -250,10 +277,12 @@ async def serve(directory: Path, socket: Path) -> None:
         tasks.append(asyncio.create_task(service.keep_opening()))
     server = await wire.serve(socket, service.handle, mode=0o666)
     notify()
+    keeping = asyncio.create_task(service.checkpoints.keep())
     while not stop.is_set() and not committing.done():
         _, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         tasks = list(pending)
     server.close()
+    keeping.cancel()
     if store.broken:
         raise Unavailable(f"the audit store failed: {store.broken}")
     await service.close()

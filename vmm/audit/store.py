@@ -18,6 +18,7 @@ import msgspec
 
 from vmm.audit.clock import clock
 from vmm.audit.records import (
+    CHECKPOINT,
     FULL,
     GENESIS,
     RECOVERED,
@@ -159,7 +160,8 @@ class Store:
         newest ``audit.start`` can be open: only the records since then are read.
         """
         pending: dict[tuple[str, str], Record] = {}
-        for line in self._lines_from(self._last_start()):
+        start = self._newest(lambda record: record.type == START, START, len(self._firsts))
+        for line in self._lines_from(start.seq if start else 1):
             record = parse(line)
             if record.phase == "intent":
                 pending[record.request, record.type] = record
@@ -167,17 +169,33 @@ class Store:
                 pending.pop((record.request, record.type), None)
         yield from pending.values()
 
-    def _last_start(self) -> int:
-        mark = f'"type":"{START}"'.encode()
-        for first in reversed(self._firsts):
-            newest = 0
-            for number, line in enumerate(lines(self._path(first)), first):
+    @property
+    def segment(self) -> int:
+        """The number of the first record in the segment that is written to."""
+        return self._firsts[-1]
+
+    def segment_of(self, seq: int) -> int:
+        """The number of the first record in the segment that holds a record."""
+        return self._firsts[max(bisect_right(self._firsts, seq) - 1, 0)]
+
+    def newest_checkpoint(self) -> Record | None:
+        """The newest checkpoint that has its proof. One is written soon after a segment was begun, so no more than
+        two are looked at.
+        """
+        return self._newest(lambda r: r.type == CHECKPOINT and r.outcome == "success", CHECKPOINT, 2)
+
+    def _newest(self, wanted: Callable[[Record], bool], type_: str, most: int) -> Record | None:
+        """The newest record of a type that is wanted, among those of the newest segments, ``most`` of them."""
+        mark = f'"type":"{type_}"'.encode()
+        for first in self._firsts[: -most - 1 : -1]:
+            newest = None
+            for line in lines(self._path(first)):
                 # Searching bytes is far cheaper than decoding; the text may also stand in a record's extra.
-                if mark in line and parse(line).type == START:
-                    newest = number
+                if mark in line and wanted(record := parse(line)):
+                    newest = record
             if newest:
                 return newest
-        return 1
+        return None
 
     def _path(self, first: int) -> Path:
         return self._directory / SEGMENT_NAME.format(first)
@@ -332,7 +350,9 @@ def _verified_end(files: Sequence[Path]) -> tuple[tuple[int, str], str]:
                 raise ValueError("the segment before it is missing or ends with another number")
             last = ended.type
         for line in lines(newest):
-            last = chain.follow(line).type
+            type_ = chain.follow(line).type
+            # The last one comes behind the end of a run.
+            last = last if type_ == CHECKPOINT else type_
     except ValueError as error:
         raise Unavailable(
             f"the audit store is damaged: record {chain.seq} in {newest.name}: {error}",

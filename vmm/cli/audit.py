@@ -1,17 +1,19 @@
-"""`holdfast audit`: read the audit trail, and verify a copy of it anywhere."""
+"""`holdfast audit`: read, anchor and export the audit trail, and verify a copy of it anywhere."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 
+from vmm.audit.checkpoint import Checkpoint
+from vmm.audit.records import CHECKPOINT, canonical
 from vmm.audit.text import line
-from vmm.audit.verify import verify_directory, verify_file
-from vmm.cli.client import Api
+from vmm.audit.verify import add_arguments, verified
+from vmm.cli.client import Api, decoded
 from vmm.cli.command import Commands, add, group, remotely
 from vmm.cli.output import clean, print_json
 from vmm.errors import UserError
@@ -33,10 +35,54 @@ def register(commands: Commands) -> None:
     )
     parser.add_argument("--after", type=int, default=0, metavar="N", help="only records with a number above N")
     parser.add_argument("--follow", action="store_true", help="wait for more until interrupted")
-    parser = add(verbs, "verify", "check the chain of an export or of a copy of the store", _verify)
-    parser.add_argument("file", type=Path, help="export (one JSON record a line) or folder with segments")
-    parser.add_argument("--prev", metavar="SHA384", help="hash of the record before the first one")
-    parser.add_argument("--head", metavar="SHA384", help="expected hash of the last record")
+    add(verbs, "anchor", "have the trail anchored and print the checkpoint, for `verify --known`", remotely(_anchor))
+    parser = add(verbs, "export", "write records to a file that can be verified by itself", remotely(_export))
+    parser.add_argument("file", type=Path, help="made, and not there yet")
+    parser.add_argument("--after", type=int, default=0, metavar="N", help="only records with a number above N")
+    parser.add_argument("--to", type=int, metavar="N", help="up to record N, and on to the checkpoint that covers it")
+    parser = add(verbs, "verify", "check an export or a copy of the store, and say how far it is anchored", _verify)
+    add_arguments(parser)
+
+
+async def _anchor(api: Api, args: argparse.Namespace) -> None:
+    print_json(await api.request("POST", "/v1/audit/anchor"))
+
+
+async def _export(api: Api, args: argparse.Namespace) -> None:
+    checkpoint = decoded(await api.request("POST", "/v1/audit/anchor"), Checkpoint)
+    to = checkpoint.covers if args.to is None else args.to
+    if not args.after < to <= checkpoint.covers:
+        raise UserError(f"there are no records {args.after + 1} to {to}", hint=f"the last one is {checkpoint.covers}")
+    try:
+        with args.file.open("xb") as file:
+            try:
+                last = await _write(api, file, args.after, to)
+            except BaseException:
+                # A part would verify as far as it goes, and look like the whole.
+                args.file.unlink()
+                raise
+    except OSError as error:
+        raise UserError(f"{args.file}: {error.strerror}") from None
+    print(f"records {args.after + 1} to {last}, anchored up to record {to} at least")
+
+
+async def _write(api: Api, file: BinaryIO, after: int, to: int) -> int:
+    """Write the records behind ``after`` up to the first checkpoint that covers ``to``; returns its number."""
+    while True:
+        _, page = await api.get("/v1/audit", _Page, query={"after": after, "limit": _PAGE})
+        for record in page.records:
+            file.write(canonical(record))
+            after = int(record["seq"])
+            if _covers(record) >= to:
+                return after
+        if not page.records:
+            raise UserError(f"the trail ends with record {after}, before the checkpoint that covers record {to}")
+
+
+def _covers(record: dict[str, Any]) -> int:
+    if record.get("type") != CHECKPOINT or record.get("outcome") != "success":
+        return 0
+    return msgspec.convert(record.get("extra"), Checkpoint).covers
 
 
 async def _list(api: Api, args: argparse.Namespace) -> None:
@@ -59,13 +105,8 @@ async def _list(api: Api, args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> None:
-    verify = verify_directory if args.file.is_dir() else verify_file
-    report = verify(args.file, prev=args.prev, head=args.head)
-    if report.problem is not None:
-        raise UserError(
-            f"record {report.problem.seq}: {report.problem.why}", hint=f"{report.records} records before it are whole"
-        )
+    report = verified(args.path, prev=args.prev, head=args.head, known=args.known)
     if args.json:
         print_json(msgspec.json.encode(report))
     else:
-        print(f"{report.records} records, {report.first} to {report.last}, unbroken; head {report.head}")
+        print(clean(report.text()))

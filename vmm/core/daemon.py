@@ -59,7 +59,7 @@ class Watch:
     async def health(self) -> Health:
         """Run all checks. An unknown domain seen for the first time is put on record."""
         verdicts = await asyncio.to_thread(self._platform.verdicts)
-        verdicts["audit"] = await self._audit_verdict()
+        verdicts["audit"], verdicts["audit-anchor"] = await self._audit_verdicts()
         verdicts["libvirt"] = (True, "connected") if self._hypervisor.connected else (False, "does not answer")
         verdicts["unknown-domains"] = await self._unknown_verdict()
         return judge(verdicts)
@@ -72,12 +72,14 @@ class Watch:
                 await asyncio.to_thread(atomic.write, HEALTH_FILE, content, mode=0o644)
             await asyncio.sleep(_HEALTH_INTERVAL_S)
 
-    async def _audit_verdict(self) -> Verdict:
+    async def _audit_verdicts(self) -> tuple[Verdict, Verdict]:
         try:
             answer = await self._audit.health()
         except Unavailable as error:
-            return False, error.message
-        return bool(answer["ok"]), f"{answer['seq']} records"
+            return (False, error.message), (False, error.message)
+        anchored, failure = answer["anchored"], answer["anchor_failure"]
+        said = f"by {answer['anchor']} up to record {anchored}" if anchored else "soon after the start"
+        return (bool(answer["ok"]), f"{answer['seq']} records"), (not failure, failure or said)
 
     async def _unknown_verdict(self) -> Verdict:
         try:

@@ -65,6 +65,7 @@ class Handlers:
             "machine.force-off": Method(a.Named, self._force_off_machine, "change", "machine"),
             "machine.console": Method(a.Named, self._console, "change", "machine", lasts=True),
             "audit.read": Method(a.ReadAudit, self._read_audit, "read", ""),
+            "audit.anchor": Method(a.Nothing, self._anchor_audit, "change", ""),
             "recovery.fetch": Method(a.Nothing, self._fetch_recovery, "change", ""),
         }
 
@@ -153,6 +154,9 @@ class Handlers:
 
     async def _read_audit(self, args: arguments.ReadAudit, _call: Call) -> Any:
         return await self._audit.read(args.after, args.limit)
+
+    async def _anchor_audit(self, _args: arguments.Nothing, _call: Call) -> Any:
+        return await self._audit.checkpoint()
 
     async def _fetch_recovery(self, _args: arguments.Nothing, _call: Call) -> Any:
         return {"keys": await asyncio.to_thread(self._recovery.fetch)}

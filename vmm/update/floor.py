@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from vmm import atomic
+from vmm.errors import Unavailable
 from vmm.paths import ROOT
-from vmm.process import CommandFailed, run
+from vmm.tpm import ABSENT, DEVICE, UNWRITTEN, Tpm
 from vmm.update.errors import Refused
 
 LAYER = "epoch floor"
@@ -21,9 +22,6 @@ INDEX = "0x01800f10"
 """In the range that the TCG leaves to owners (Registry of Reserved TPM 2.0 Handles)."""
 _MOST = 64
 _ATTRIBUTES = "nt=bits|ownerread|ownerwrite|authread|authwrite|no_da"
-# The answers of a TPM that has no such index, and of one that has it but nothing was written yet (TPM 2.0 part 2, 6.6).
-_ABSENT, _UNWRITTEN = ("0x18b",), ("0x14a",)
-_TIMEOUT_S = 30.0
 _MOST_FILE = 32
 
 
@@ -77,14 +75,14 @@ class TpmFloor:
 
     source: Literal["tpm", "file"] = "tpm"
 
-    def __init__(self, tcti: str = "device:/dev/tpmrm0") -> None:
-        self._environment = {"TPM2TOOLS_TCTI": tcti}
+    def __init__(self, tcti: str = f"device:/{DEVICE}") -> None:
+        self._device = Tpm(tcti)
 
     def read(self) -> int:
         """See Floor."""
         with tempfile.TemporaryDirectory(prefix="holdfast-floor-") as folder:
             value = Path(folder) / "bits"
-            if self._tpm("tpm2_nvread", "-C", "o", "-o", str(value), INDEX, missing=(*_ABSENT, *_UNWRITTEN)):
+            if self._tpm("tpm2_nvread", "-C", "o", "-o", str(value), INDEX, missing=(*ABSENT, *UNWRITTEN)):
                 return 0
             content = value.read_bytes()
         if len(content) != _MOST // 8:
@@ -97,19 +95,16 @@ class TpmFloor:
         epoch = min(epoch, _MOST)
         if epoch <= self.read():
             return
-        if self._tpm("tpm2_nvreadpublic", INDEX, missing=_ABSENT):
+        if self._tpm("tpm2_nvreadpublic", INDEX, missing=ABSENT):
             self._tpm("tpm2_nvdefine", "-C", "o", "-s", str(_MOST // 8), "-a", _ATTRIBUTES, INDEX)
         self._tpm("tpm2_nvsetbits", "-C", "o", "-i", hex((1 << epoch) - 1), INDEX)
 
     def _tpm(self, *command: str, missing: Sequence[str] = ()) -> bool:
-        """Run a command; whether it failed with one of the expected answers. Raises: Refused for all others."""
+        """See Tpm.call. Raises: Refused."""
         try:
-            run(command, env=self._environment, timeout=_TIMEOUT_S)
-        except CommandFailed as error:
-            if any(code in error.output.lower() for code in missing):
-                return True
-            raise Refused(LAYER, f"the TPM does not answer: {error.message}") from None
-        return False
+            return self._device.call(*command, missing=missing)
+        except Unavailable as error:
+            raise Refused(LAYER, error.message) from None
 
 
 class Both:
@@ -130,7 +125,7 @@ class Both:
             floor.raise_to(epoch)
 
 
-def open_floor(folder: Path, device: Path = ROOT / "dev/tpmrm0") -> Floor:
+def open_floor(folder: Path, device: Path = ROOT / DEVICE) -> Floor:
     """The floor of this host. Arguments: ``folder`` is the updater's state, ``device`` the TPM's, if there is one."""
     file = FileFloor(folder / "floor")
     return Both(TpmFloor(f"device:{device}"), file) if device.exists() else file

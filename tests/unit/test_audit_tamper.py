@@ -1,0 +1,224 @@
+"""What the verifier makes of a trail with checkpoints that somebody has been at."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from tests.unit.test_audit_anchor import Managed
+from tests.unit.test_audit_checkpoints import checkpoints, trail
+from tests.unit.test_audit_daemon import EVENT, OWN, LocalAnchor
+from tests.unit.test_update_floor import needs_tpm, tcti
+from vmm.audit import verify
+from vmm.audit.checkpoint import Checkpoint
+from vmm.audit.records import GENESIS, Entry, canonical, digest, parse
+from vmm.audit.store import Draft, Store
+from vmm.errors import UserError
+
+__all__ = ["tcti"]
+
+pytestmark = pytest.mark.sfr("FAU_STG.1")
+
+
+def rechained(lines: Sequence[bytes]) -> list[bytes]:
+    """The lines numbered and linked anew, as whoever can write the store would do."""
+    made: list[bytes] = []
+    for number, line in enumerate(lines, 1):
+        prev = digest(made[-1]) if made else GENESIS
+        made.append(canonical(msgspec.structs.replace(parse(line), seq=number, prev=prev)))
+    return made
+
+
+def verified(lines: Sequence[bytes], folder: Path, known: Checkpoint | None = None) -> verify.Report:
+    file = folder / "export"
+    file.write_bytes(b"".join(lines))
+    return verify.verify_file(file, known=known)
+
+
+def changed(line: bytes) -> bytes:
+    other = line.replace(b'"request":"r', b'"request":"x')
+    assert other != line
+    return other
+
+
+def test_a_whole_trail_says_how_far_it_is_anchored(tmp_path: Path) -> None:
+    lines = trail(tmp_path / "store", LocalAnchor(tmp_path / "anchor"))
+    report = verified(lines, tmp_path)
+    assert (report.problem, report.covered, report.last) == (None, 9, 12)
+    text = report.text()
+    assert "NOT anchored: records 10 to 12" in text and "SOFTWARE" in text
+    assert report.newest is not None and report.newest.proof.fingerprint in text
+    assert "NOT compared" in text
+    # A part proves itself as well, from any record up to the checkpoint that covers it.
+    part = verified(lines[4:10], tmp_path)
+    assert (part.problem, part.first, part.covered, part.last) == (None, 5, 9, 10)
+    assert "NOT anchored: records 5 to 6" in verified(lines[4:6], tmp_path).text()
+    # A checkpoint known from elsewhere covers what the trail's own do not.
+    known = checkpoints(tmp_path / "store")[-1]
+    report = verified(lines[:9], tmp_path, known)
+    assert report.covered == 9 and "NOT" not in report.text()
+
+
+Attack = Callable[[list[bytes]], list[bytes]]
+ATTACKS: dict[str, tuple[Attack, str, int]] = {
+    "edit": (lambda x: [*x[:1], changed(x[1]), *x[2:]], "edit", 3),
+    "edit, linked anew": (lambda x: rechained([*x[:1], changed(x[1]), *x[2:]]), "edit", 4),
+    "deletion": (lambda x: x[:1] + x[2:], "deletion", 2),
+    "deletion, linked anew": (lambda x: rechained(x[:1] + x[2:]), "edit", 3),
+    "deletion of a checkpoint, linked anew": (lambda x: rechained(x[:3] + x[4:]), "edit", 6),
+    "reordering": (lambda x: [x[0], x[2], x[1], *x[3:]], "reordering", 2),
+    "doubling": (lambda x: [*x[:2], *x[1:]], "reordering", 3),
+    "reordering, linked anew": (lambda x: rechained([x[0], x[2], x[1], *x[3:]]), "edit", 4),
+    "truncation": (lambda x: x[:5], "truncation", 6),
+    "truncation at a checkpoint": (lambda x: x[:7], "truncation", 8),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_what_was_done_to_a_trail_is_named(attack: str, tmp_path: Path) -> None:
+    lines = trail(tmp_path / "store", LocalAnchor(tmp_path / "anchor"))
+    known = checkpoints(tmp_path / "store")[-1]
+    assert verified(lines, tmp_path, known).problem is None
+    do, kind, seq = ATTACKS[attack]
+    problem = verified(do(lines), tmp_path, known).problem
+    assert problem is not None and (problem.kind, problem.seq) == (kind, seq), problem
+
+
+def test_another_store_is_no_substitute(tmp_path: Path) -> None:
+    anchor = LocalAnchor(tmp_path / "anchor")
+    trail(tmp_path / "store", anchor)
+    known = checkpoints(tmp_path / "store")[0]
+    # One of another host: the key says so, to who knows it.
+    foreign = trail(tmp_path / "foreign", LocalAnchor(tmp_path / "other"))
+    assert verified(foreign, tmp_path).problem is None
+    problem = verified(foreign, tmp_path, known).problem
+    assert problem is not None and problem.kind == "substitution" and "another" in problem.why
+    # One that was begun anew on the same host: the known record says so.
+    anew = trail(tmp_path / "anew", anchor)
+    problem = verified(anew, tmp_path, known).problem
+    assert problem is not None and (problem.kind, problem.seq) == ("substitution", known.covers)
+    # Half a trail of each.
+    mixed = rechained([*trail(tmp_path / "mixed", anchor), *foreign])
+    problem = verified(mixed, tmp_path).problem
+    assert problem is not None and problem.kind == "substitution"
+
+
+def test_an_older_store_put_back_shows_once_it_goes_on(tmp_path: Path) -> None:
+    anchor, store, old = LocalAnchor(tmp_path / "anchor"), tmp_path / "store", tmp_path / "old"
+    trail(store, anchor, rounds=2)
+    shutil.copytree(store, old)
+    trail(store, anchor, rounds=2)
+    assert verify.verify_directory(store).problem is None
+    trail(old, anchor, rounds=1)
+    problem = verify.verify_directory(old).problem
+    assert problem is not None and problem.kind == "replay" and "checkpoints between 2 and 5" in problem.why
+
+
+@needs_tpm
+def test_a_tpm_does_not_go_back_with_the_store(tcti: str, tmp_path: Path) -> None:
+    anchor, store, old = LocalAnchor(Managed(tcti)), tmp_path / "store", tmp_path / "old"
+    trail(store, anchor, rounds=1)
+    shutil.copytree(store, old)
+    trail(store, anchor, rounds=2)
+    (known, *_) = checkpoints(store)
+    report = verify.verify_directory(store, known=known)
+    assert report.problem is None and "by the TPM" in report.text() and "NOT compared" not in report.text()
+    trail(old, anchor, rounds=1)
+    problem = verify.verify_directory(old, known=known).problem
+    assert problem is not None and problem.kind == "replay"
+
+
+def test_not_even_the_last_checkpoint_can_be_taken_back(tmp_path: Path) -> None:
+    """Its number was taken as soon as it was stored."""
+    anchor, store = LocalAnchor(tmp_path / "anchor"), tmp_path / "store"
+    trail(store, anchor, rounds=2)
+    file = verify.segments(store)[-1]
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(lines[: checkpoints(store)[-1].covers]))
+    trail(store, anchor, rounds=1)
+    problem = verify.verify_directory(store).problem
+    assert problem is not None and problem.kind == "replay" and "checkpoints between 1 and 3" in problem.why
+
+
+def test_a_clock_that_was_set_back_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path, producer=OWN, boot="boot")
+
+    class Clock(datetime.datetime):
+        hour_back = False
+
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> Clock:
+            return cls(2026, 11, 23, 4 if cls.hour_back else 5, tzinfo=tz)
+
+    monkeypatch.setattr(datetime, "datetime", Clock)
+    for back in (False, False, True, True, False):
+        Clock.hour_back = back
+        store.append([Draft(Entry(type=EVENT), OWN)])
+    store.close()
+    report = verify.verify_directory(tmp_path)
+    assert report.problem is None
+    (note,) = report.notes
+    assert note == "record 3: the clock was set back from 2026-11-23T05:00:00.000000Z to 2026-11-23T04:00:00.000000Z"
+    assert note in report.text()
+
+
+def test_a_checkpoint_that_is_not_genuine_is_not_taken_as_known(tmp_path: Path) -> None:
+    lines = trail(tmp_path / "store", LocalAnchor(tmp_path / "anchor"))
+    good = checkpoints(tmp_path / "store")[0]
+    file = tmp_path / "known.json"
+    for content, says in (
+        (msgspec.json.encode(msgspec.structs.replace(good, covers=4)), "not genuine"),
+        (b"{}", "holds no checkpoint"),
+        (b"\xff", "holds no checkpoint"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=says):
+            verify.command([str(tmp_path / "store"), "--known", str(file)])
+    file.write_bytes(msgspec.json.encode(good))
+    verify.command([str(tmp_path / "store"), "--known", str(file)])
+    assert len(lines) == 12
+
+
+def test_a_number_that_comes_twice_is_no_other_checkpoint(tmp_path: Path) -> None:
+    anchor, store = LocalAnchor(tmp_path / "anchor"), tmp_path / "store"
+    trail(store, anchor, rounds=2)
+    (tmp_path / "anchor/counter").write_bytes(b"1\n")
+    trail(store, anchor, rounds=1)
+    problem = verify.verify_directory(store).problem
+    assert problem is not None and problem.kind == "replay" and "1, had been used before" in problem.why
+
+
+def test_a_part_from_before_what_is_known_is_told(tmp_path: Path) -> None:
+    """The known checkpoint covers none of it, but its number is too high for a part of the same trail."""
+    anchor = LocalAnchor(tmp_path / "anchor")
+    old = trail(tmp_path / "old", anchor)
+    assert trail(tmp_path / "anew", anchor, rounds=1)
+    (known,) = checkpoints(tmp_path / "anew")
+    problem = verified(old[known.covers + 1 :], tmp_path, known).problem
+    assert problem is not None and problem.kind == "replay" and f"{known.proof.counter} is known" in problem.why
+
+
+def test_a_checkpoint_covers_what_stands_before_it(tmp_path: Path) -> None:
+    anchor, store = LocalAnchor(tmp_path / "anchor"), tmp_path / "store"
+    lines = trail(store, anchor, rounds=1, tail=0)
+    good = checkpoints(store)[0]
+    for covers in (4, 5, 1000):
+        early = msgspec.structs.replace(good, covers=covers)
+        made = msgspec.structs.replace(early, proof=asyncio.run(anchor.certify(early.digest(), 0)))
+        record = msgspec.structs.replace(parse(lines[-1]), extra=msgspec.to_builtins(made))
+        problem = verified([*lines[:-1], canonical(record)], tmp_path).problem
+        assert problem is not None and (problem.kind, problem.seq) == ("edit", 4)
+        assert f"it covers record {covers}, which does not stand shortly before it" in problem.why
+
+
+def test_a_checkpoint_of_a_later_release_is_not_passed_over(tmp_path: Path) -> None:
+    lines = trail(tmp_path / "store", LocalAnchor(tmp_path / "anchor"), tail=0)
+    later = lines[-1].replace(b'"v":2', b'"v":3')
+    problem = verified([*lines[:-1], later], tmp_path).problem
+    assert problem is not None and problem.kind == "unreadable"
