@@ -73,14 +73,15 @@ def test_the_end_of_a_run_is_anchored_and_the_next_one_goes_on(
     host.wait_off(120)
     host.power_on()
     host.wait_ready(clients["admin"], 120)
-    trail = records(admin)
+    again = host.api(clients["admin"])
+    trail = records(again)
     stop = next(record["seq"] for record in trail if record["type"] == "audit.stop")
     last = trail[stop]
     assert (last["type"], last["outcome"]) == ("audit.checkpoint", "success"), last
     assert last["extra"]["covers"] == stop
     assert not [record for record in trail if record["type"] == "audit.recovered"]
-    anchored(admin, workdir)
-    report = verified(admin, workdir, known)
+    anchored(again, workdir)
+    report = verified(again, workdir, known)
     assert report.problem is None and report.covered > stop, report
 
 

@@ -186,6 +186,30 @@ def test_the_kernel_says_who_calls(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
+def test_whoever_follows_the_trail_hears_of_a_record_at_once(tmp_path: Path) -> None:
+    async def run() -> None:
+        socket = tmp_path / "audit.sock"
+        journal, service = serve(tmp_path, {ME: CORE}, {ME})
+        committing = asyncio.create_task(journal.run())
+        audit = AuditClient(socket)
+        async with await wire.serve(socket, service.handle):
+            await service.open()
+            assert (await audit.read(1, 10, wait=0.05))["records"] == []
+            followers = [asyncio.create_task(audit.read(after, 10, wait=30)) for after in (1, 1, 2)]
+            await asyncio.sleep(0.1)
+            assert not any(task.done() for task in followers)
+            for request in ("a", "b"):
+                await audit.append(Entry(type=EVENT, request=request))
+            pages = [await task for task in followers]
+            assert [page["records"][0]["request"] for page in pages] == ["a", "a", "b"]
+            with pytest.raises(UserError, match="wait"):
+                await audit.read(0, 10, wait=31)
+        committing.cancel()
+        journal.store.close()
+
+    asyncio.run(run())
+
+
 def test_concurrent_appends_share_a_sync_and_the_loop_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     syncs: list[int] = []
     ticks = 0

@@ -62,14 +62,16 @@ class AuditClient:
         except TimeoutError:
             return False
 
-    async def read(self, after: int, limit: int) -> dict[str, Any]:
+    async def read(self, after: int, limit: int, wait: float = 0.0) -> dict[str, Any]:
         """Read up to ``limit`` records with sequence numbers above ``after``.
 
+        Whoever follows the trail waits up to ``wait`` seconds (at most 30) for one; without news there are none.
         Returns: ``{"records": [...], "next": seq or None}``; pass ``next`` as ``after`` for the
         following page, which may come before ``limit`` is reached when records are large.
         Raises: Unavailable; Forbidden for users that may not read the trail.
         """
-        result: dict[str, Any] = await self._call("read", {"after": after, "limit": limit})
+        wanted = {"after": after, "limit": limit, "wait": wait}
+        result: dict[str, Any] = await self._call("read", wanted, at_least=wait + self._timeout)
         return result
 
     async def checkpoint(self) -> dict[str, Any]:

@@ -42,15 +42,18 @@ _RETRY = 5.0
 _MOST_REASON = 1000
 _MOST_ENTRY = 2000
 """Characters of a refused record that are kept."""
+MAX_WAIT = 30.0
+"""Seconds that a reader may wait for news."""
 
 _T = TypeVar("_T")
 
 
 class Read(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Parameters of ``read``."""
+    """Parameters of ``read``; with ``wait`` the answer comes once there is a record, or after so many seconds."""
 
     after: Annotated[int, msgspec.Meta(ge=0)] = 0
     limit: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 100
+    wait: Annotated[float, msgspec.Meta(ge=0, le=MAX_WAIT)] = 0.0
 
 
 class Journal:
@@ -64,6 +67,14 @@ class Journal:
         self.sealed = asyncio.Event()
         self._waiting: list[tuple[Draft, asyncio.Future[int]]] = []
         self._wake = asyncio.Event()
+        self._news = asyncio.Event()
+
+    async def wait_beyond(self, seq: int, seconds: float) -> None:
+        """Return once there are records above a number, at the latest after so many seconds."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self.store.end[0] <= seq:
+                    await self._news.wait()
 
     async def append(self, entry: Entry, producer: Producer) -> int:
         """Store an entry; returns its number once it is durable. Raises: Unavailable."""
@@ -91,6 +102,9 @@ class Journal:
                 if not future.done():
                     future.set_exception(error)
             return
+        # Whoever waits now goes on; who waits from now on waits for the next.
+        self._news.set()
+        self._news = asyncio.Event()
         if self.store.segment != segment:
             self.sealed.set()
         for future, index in waiting:
@@ -174,6 +188,8 @@ class Service:
                 return await self.checkpoints.make()
             case "read":
                 wanted = _convert(request.params, Read)
+                if wanted.wait:
+                    await self._journal.wait_beyond(wanted.after, wanted.wait)
                 page = await asyncio.to_thread(self._journal.store.read, wanted.after, wanted.limit)
                 return {"records": [msgspec.Raw(line) for line in page.records], "next": page.next}
             case "health":
