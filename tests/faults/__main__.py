@@ -45,29 +45,35 @@ def entry() -> int:
     shutil.rmtree(_FOLDER, ignore_errors=True)
     stages: collections.Counter[str] = collections.Counter()
     broken: list[str] = []
+    writes = 0
     for kind in kinds:
         update.at(kind.stage)
     say(f"{options.cuts} cuts, moments from seed {options.seed}")
     begun = time.monotonic()
     for number, one in enumerate(spread(options.cuts, moments, kinds), 1):
-        with cut(update, one, _FOLDER / "host") as (host, found):
+        started = number * options.starts // options.cuts != (number - 1) * options.starts // options.cuts
+        with cut(update, one, _FOLDER / "host", writing=started) as (host, found):
             problem, stage, disk = found.broken, f"{one.kind.name}: {found.stage}", host.files.flat_disk
-            if not problem and number * options.starts // options.cuts != (number - 1) * options.starts // options.cuts:
+            if started and not problem:
                 # The start changes it.
                 disk = _FOLDER / "before.img"
                 run(["cp", "--sparse=always", host.files.flat_disk, disk])
-                problem = complete(update, host)
+                problem = complete(update, host, found)
                 stage += ", started and completed"
             if problem:
                 problem += f"; see {_keep(disk, host.files.directory / 'serial.log', number)}"
         stages["" if problem else stage] += 1
         if problem:
             broken.append(f"cut {number} ({one}): {problem}")
-        say(f"{number}: {one}: {problem or found.stage}")
+        elif started:
+            writes += found.acknowledged
+        kept = f"; started and completed, {found.acknowledged} writes of its guest are there" if started else ""
+        say(f"{number}: {one}: {problem or found.stage + kept}")
     minutes = (time.monotonic() - begun) / 60
     for stage, count in sorted(stages.items()):
         print(f"{count:5}  {stage or 'BROKEN'}")
     print(f"{options.cuts} cuts in {minutes:.0f} minutes, {options.cuts / minutes:.1f} a minute")
+    print(f"{writes} writes that guests had acknowledged were on their disks after the cuts with a start")
     print(f"{len(broken)} of {options.cuts} cuts left a host broken", *broken, sep="\n")
     return 1 if broken else 0
 
