@@ -7,17 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from image.builder.efidisk import find_esp
 from signing.keys import make_development_keys
-from tests.harness import releases
+from tests.harness import esp, releases
 from tests.harness.altering import alter
-from tests.harness.api import ApiError
-from tests.harness.checkpoint import Checkpoint
 from tests.harness.host import Host
 from tests.harness.image import Image
 from tests.harness.publishing import Publisher
-from tests.harness.seed import Identity
 from tests.harness.updates import Updates, slot
+
+_BAD = "0.1.3"
+"""The version of releases that do not get far."""
 
 
 def _on_trial(host: Host, drop_in: str) -> None:
@@ -137,62 +136,54 @@ def foreign_policy(built_image: Image) -> Path:
 
 @pytest.mark.long
 @pytest.mark.sfr("FPT_TUD_EXT.1", "FPT_ML_EXT.1", "FAU_GEN.1")
-def test_versions_that_do_not_get_far_are_left_by_themselves(
-    booted: Checkpoint, built_image: Image, clients: dict[str, Identity], foreign_policy: Path, workdir: Path
+@pytest.mark.parametrize(
+    ("change", "sign"),
+    [
+        pytest.param(_panics, "Kernel panic", id="panics"),
+        # It says nothing, so what is counted is that it gives up.
+        pytest.param(_hangs, "reboot: Restarting system", id="hangs"),
+        pytest.param(None, "Failed to unseal", id="sealed"),
+        pytest.param(None, "Failed to mount sysroot-var.mount", id="hollow"),
+    ],
+)
+def test_a_release_that_does_not_get_far_is_left(
+    request: pytest.FixtureRequest,
+    updates: Updates,
+    host: Host,
+    foreign_policy: Path,
+    change: releases.Change | None,
+    sign: str,
 ) -> None:
-    """A kernel panic, a hanging initrd, volumes that stay closed, a root with nothing in it: each ends its tries.
+    """A kernel panic, a hanging initrd, volumes that stay closed, a root with nothing in it: each uses up its tries.
 
-    The last one came through the updater, which then tells what became of it, on the console, in its answer and in the
-    trail. The others are only put where the boot loader finds them, with one try each, newest first.
+    Each is properly signed and comes through the updater, which tells afterwards what became of it, on the console, in
+    its answer and in the trail, and takes it again only when it is told to.
     """
-    running = built_image.root_hash
-    made = {
-        "0.9.3": releases.build_hollow("panics", "0.9.3", change=_panics),
-        "0.9.2": releases.build_hollow("hangs", "0.9.2", change=_hangs),
-        "0.9.1": releases.build_hollow("sealed", "0.9.1", keys=foreign_policy, root_hash=running),
-    }
-    hollow = releases.build_hollow("hollow", "0.1.3")
-    publisher = Publisher(releases.FOLDER / "offered-hollow")
-    publisher.publish(hollow.folder)
-    host = booted.host(workdir, faulty_disk=True)
-    with host:
-        host.agent.set_clock()
-        updates = Updates(host, clients["admin"])
-        with host.serve(publisher.folder):
-            updates.do("check")
-            updates.do("download")
-        assert slot(updates.do("apply"), "b")["tries"] == 3
-        before = updates.records("update.apply")[-1]["boot"]
-        host.power_cut()
-        esp = find_esp(host.files.flat_disk)
-        for version, release in made.items():
-            esp.put(release.folder / "uki.efi", f"EFI/Linux/holdfast_{version}+1.efi")
-        host.power_on()
-        for _ in made:
-            host.wait_reset(60)
-        for _ in range(3):
-            host.wait_reset(60)
-        host.wait_ready(clients["admin"], 120)
-        status = updates.settled()
-        assert status["running"] == "0.1.0"
-        (failed,) = status["failed"]
-        assert failed["version"] == "0.1.3"
-        assert (
-            failed["reason"]
-            == f"it did not reach its health gate in 3 tries after boot {before}; 0.1.0 was started again"
-        )
-        record = updates.records("update.failed")[-1]
-        assert (record["outcome"], record["reason"], record["object"]["id"]) == ("failure", failed["reason"], "0.1.3")
-        host.serial.expect("UPDATE FAILED: 0.1.3: it did not reach its health gate")
-        with (
-            host.serve(publisher.folder),
-            pytest.raises(ApiError, match="failed here before"),
-        ):
-            updates.do("download")
-        host.power_cut()
-    names = find_esp(host.files.flat_disk).names("EFI/Linux")
-    assert {f"EFI/Linux/holdfast_{version}+0-1.efi" for version in made} < set(names), names
-    told = (host.files.directory / "serial.log").read_text(errors="replace")
-    for sign in ("Kernel panic", "Failed to unseal"):
-        assert sign in told
-    host.files.discard()
+    name = request.node.callspec.id
+    keys = foreign_policy if name == "sealed" else None
+    release = releases.build_hollow(name, _BAD, change=change, keys=keys)
+    publisher = Publisher(releases.FOLDER / f"offered-{name}")
+    publisher.publish(release.folder)
+    with host.serve(publisher.folder):
+        updates.do("check")
+        updates.do("download")
+    assert slot(updates.do("apply"), "b")["tries"] == 3
+    before = updates.records("update.apply")[-1]["boot"]
+    updates.restart()
+    for _ in range(3):
+        host.wait_reset(60)
+    host.wait_ready(updates.admin, 120)
+    status = updates.settled()
+    assert (status["running"], status["installed"], slot(status, "b")["state"]) == ("0.1.0", "", "bad")
+    (failed,) = status["failed"]
+    reason = f"it did not reach its health gate in 3 tries after boot {before}; 0.1.0 was started again"
+    assert (failed["version"], failed["reason"]) == (_BAD, reason)
+    (record,) = updates.records("update.failed")
+    assert (record["outcome"], record["reason"], record["object"]["id"]) == ("failure", reason, _BAD)
+    host.serial.expect(f"UPDATE FAILED: {_BAD}: it did not reach its health gate")
+    assert f"holdfast_{_BAD}+0-3.efi" in [entry for entry, _ in esp.entries(host.agent)]
+    assert (host.files.directory / "serial.log").read_text(errors="replace").count(sign) >= 3
+    with host.serve(publisher.folder):
+        assert updates.do("check")["available"] == ""
+        updates.refused("download", f"{_BAD} failed here before")
+        assert updates.do("download", version=_BAD, retry_failed=True)["staged"] == _BAD
