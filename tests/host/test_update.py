@@ -229,7 +229,7 @@ def test_a_power_cut_leaves_whole_systems(
 ) -> None:
     """A sample of `make faults`: a cut at a random moment, read from outside; then the host completes the update.
 
-    Where the time is long enough for that, a guest writes meanwhile, and all that it was told to be on its disk is.
+    A guest writes meanwhile (but on a trial), and all that it was told to be on its disk is there.
     """
     update = Update(booted, clients["admin"], next_release)
     one = Cut.any(kind, random.SystemRandom())
