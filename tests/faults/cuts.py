@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -120,7 +121,7 @@ def complete(update: Update, host: Host, found: Found) -> str:
     """Start a host after a cut, complete what was begun, and see that it is kept; "" or what went wrong."""
     try:
         return _completed(update, host) or update.damage(host, found.acknowledged)
-    except (Expired, Happened, ApiError, AgentError, QmpError) as error:
+    except (Expired, Happened, ApiError, AgentError, QmpError, OSError, http.client.HTTPException) as error:
         return f"after its start: {error}"
 
 

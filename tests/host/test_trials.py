@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
 from signing.keys import make_development_keys
+from tests.faults.stages import Update
 from tests.harness import esp, releases
 from tests.harness.altering import alter
+from tests.harness.checkpoint import Checkpoint
 from tests.harness.host import Host
 from tests.harness.image import Image
 from tests.harness.publishing import Publisher
+from tests.harness.seed import Identity
 from tests.harness.updates import Updates, slot
+from tests.harness.waiting import poll
 
 _BAD = "0.1.3"
 """The version of releases that do not get far."""
@@ -104,6 +109,93 @@ def test_a_slot_that_is_damaged_before_its_first_start_is_left(
     assert (record["outcome"], record["reason"], record["object"]["id"]) == ("failure", failed["reason"], "0.1.1")
     host.serial.expect("UPDATE FAILED: 0.1.1: it did not reach its health gate")
     assert "corrupt" in (host.files.directory / "serial.log").read_text(errors="replace")
+
+
+_FAILURES = """
+from vmm.update import gate
+result = gate.first_failure(gate.host_checks(), 5)
+"""
+_IMPATIENT = """\
+[Service]
+ExecStart=
+ExecStart=/usr/bin/python3 -I -c "from vmm.update import gate; print(gate.judge(gate.host_checks(), 5))"
+"""
+_FILL = """
+import os
+descriptor = os.open(argument, os.O_WRONLY | os.O_CREAT, 0o600)
+found = os.fstatvfs(descriptor)
+os.posix_fallocate(descriptor, 0, found.f_bavail * found.f_frsize)
+os.close(descriptor)
+"""
+_QEMU, _FILLER = "/usr/bin/qemu-system-x86_64", "/var/lib/holdfast-audit/filler"
+
+
+def _hold_gate(host: Host) -> None:
+    """End the gate of a host on trial before it decides, without what ends such a trial."""
+    host.agent.exec(["systemctl", "kill", "--signal=SIGSTOP", "holdfast-gate.service"])
+    folder = "/run/systemd/system/holdfast-gate-failed.service.d"
+    host.agent.exec(["mkdir", "-p", folder])
+    host.agent.write(f"{folder}/test.conf", b"[Unit]\nConditionPathExists=/nowhere\n")
+    host.agent.exec(["systemctl", "daemon-reload"])
+    host.agent.exec(["systemctl", "stop", "holdfast-gate.service"])
+
+
+@pytest.mark.long
+@pytest.mark.sfr("FPT_TUD_EXT.1", "FAU_GEN.1")
+def test_the_gate_names_what_does_not_work(
+    booted: Checkpoint, clients: dict[str, Identity], next_release: releases.Built, workdir: Path
+) -> None:
+    """On a real trial: audit cannot write, the API does not answer, no guest starts, the network is not as configured.
+
+    The first three are mended again, so that one trial serves for all; over the last one the gate itself decides, with
+    less patience than it has. That no recovery key opened the volumes need not be asked: the initrd takes none, and
+    where the TPM does not open them the host does not get here (below, "sealed").
+    """
+    admin = clients["admin"]
+    host = Update(booted, admin, next_release).at("trial").host(workdir)
+    with host:
+        _hold_gate(host)
+        host.agent.set_clock()
+        host.wait_ready(admin, 120)
+        updates = Updates(host, admin)
+        on_trial = slot(updates.status(), "b")
+        assert (on_trial["state"], on_trial["tries"]) == ("running", 2), on_trial
+        tried = host.agent.read("/proc/sys/kernel/random/boot_id").decode().strip()
+        seconds = 60 * host.acceleration.scale
+
+        def refuses() -> bool:
+            return updates.api.request("GET", "/v1/version").status == 503
+
+        host.agent.python(_FILL, _FILLER, seconds=60)
+        poll(refuses, seconds, "the audit volume takes no records")
+        assert re.match("audit: .* full", host.agent.python(_FAILURES, seconds=60))
+        host.agent.exec(["rm", _FILLER])
+        poll(lambda: not refuses(), seconds, "the audit volume takes records again")
+
+        host.agent.exec(["systemctl", "stop", "holdfast-api.service"], seconds=60)
+        assert host.agent.python(_FAILURES, seconds=60).startswith("api: the API does not answer: ")
+        host.agent.exec(["systemctl", "start", "holdfast-api.service"], seconds=60)
+
+        host.agent.exec(["mount", "--bind", "/usr/bin/true", _QEMU])
+        assert re.match("guest: .", host.agent.python(_FAILURES, seconds=180))
+        host.agent.exec(["umount", _QEMU])
+
+        shown = host.agent.exec(["ip", "-oneline", "address", "show", "to", "10.0.2.15"]).out
+        (interface,) = re.findall(r"^\d+: (\S+)", shown)
+        host.agent.exec(["ip", "address", "del", "10.0.2.15/24", "dev", interface])
+        _on_trial(host, _IMPATIENT)
+        host.wait_reset(60)
+        host.wait_ready(admin, 120)
+        status = updates.settled()
+        assert (status["running"], slot(status, "b")["state"]) == ("0.1.0", "bad")
+        (failed,) = status["failed"]
+        said = rf"network: the management interface has .*, not 10\.0\.2\.15/24 \(boot {tried}\)"
+        assert re.fullmatch(said, failed["reason"]), failed
+        (record,) = updates.records("update.failed")
+        assert (record["outcome"], record["reason"]) == ("failure", failed["reason"])
+        assert record["extra"]["boots"] == [tried]
+        host.serial.expect("UPDATE FAILED: 0.1.1: network: the management interface has")
+    host.files.discard()
 
 
 def _panics(sources: Path) -> None:
