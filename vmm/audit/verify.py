@@ -58,8 +58,9 @@ class Report(msgspec.Struct, frozen=True):
 
     ``records`` counts those before the first problem; those up to ``covered`` are anchored, by ``newest`` (0 and None
     where nothing is); ``notes`` are what is odd and may be honest; ``compared`` says whether the key is known to be the
-    host's. If not, somebody may have made trail, anchor and key. ``prev`` is the hash of the record before the first
-    one, ``times`` are those of the first and the last; all of ``span``, if it is given, is among those covered.
+    host's. If not, somebody may have made trail, anchor and key. ``met`` says whether what the known checkpoint covers
+    is one of these records, or the one before them. ``prev`` is the hash of the record before the first one, ``times``
+    are those of the first and the last; all of ``span``, if it is given, is among those covered.
     """
 
     records: int
@@ -71,6 +72,7 @@ class Report(msgspec.Struct, frozen=True):
     newest: Checkpoint | None = None
     notes: tuple[str, ...] = ()
     compared: bool = False
+    met: bool = False
     prev: str = GENESIS
     times: tuple[str, str] = ("", "")
     span: Span | None = None
@@ -90,6 +92,8 @@ class Report(msgspec.Struct, frozen=True):
             said.append(f"checkpoint {proof.counter} by {by}; key {proof.fingerprint}")
             if not self.compared:
                 said.append("NOT compared: nothing was given (--known) that shows whose key this is")
+            elif not self.met:
+                said.append("the record that is known is not in here: that shows whose key this is, and no more")
         if self.covered < self.last:
             first = max(self.covered + 1, self.first)
             what = f"record {self.last}" if first == self.last else f"records {first} to {self.last}"
@@ -321,9 +325,14 @@ def _verify(
     except OSError as error:
         die(f"{error.filename}: {error.strerror}")
     last = first + count - 1 if count else 0
-    compared = known is not None
-    found = anchors.covered, anchors.newest, clock.notes, compared, before, times, None if problem else span
-    return Report(count, first, last, end, problem, *found)
+    return Report(
+        *(count, first, last, end, problem, anchors.covered, anchors.newest, clock.notes),
+        compared=known is not None,
+        met=known is not None and first - 1 <= known.covers <= last,
+        prev=before,
+        times=times,
+        span=None if problem else span,
+    )
 
 
 def _number(line: bytes) -> int | None:
