@@ -82,6 +82,7 @@ def test_no_acknowledged_record_is_lost_by_kill(tmp_path: Path) -> None:
             # So many more than before, and a moment on, so that the kill meets the daemon at anything.
             enough = len(acknowledged) + 8 * kill
             while len(acknowledged) < enough:
+                assert not any(worker.done() for worker in workers), "a caller was turned away by a daemon that lives"
                 await asyncio.sleep(0.001)
             await asyncio.sleep(0.0004 * kill)
             os.kill(pid, signal.SIGKILL)

@@ -169,6 +169,7 @@ _OF_CORE = (
     read("health.read", "show health", "Somebody asks whether the host is sound."),
     read("config.read", "show configuration", "Somebody reads the configuration."),
     read("audit.read", "read audit trail", "Somebody reads records."),
+    change("audit.follow", "follow audit trail", "Somebody is to be sent records as they come, until the outcome."),
     change("audit.anchor", "have audit trail anchored", "A checkpoint over all records so far is to be made."),
     change("recovery.fetch", "fetch recovery keys", "An administrator takes the volumes' recovery keys, once."),
     change("host.reboot", "restart host", "The host is to restart; its guests are stopped first."),

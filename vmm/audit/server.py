@@ -19,6 +19,7 @@ from vmm.audit.anchoring import Anchor, AnchorClient, Checkpoints
 from vmm.audit.events import EVENTS
 from vmm.audit.records import REFUSED, START, STOP, Actor, Entry, Producer, check
 from vmm.audit.registry import Unit
+from vmm.audit.search import Query
 from vmm.audit.store import MAX_BATCH, Draft, Store, interrupted_entry, recovered_entry
 from vmm.audit.throttle import Throttle
 from vmm.errors import Forbidden, NotFound, Unavailable, UserError
@@ -48,11 +49,12 @@ MAX_WAIT = 30.0
 _T = TypeVar("_T")
 
 
-class Read(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Parameters of ``read``; with ``wait`` the answer comes once there is a record, or after so many seconds."""
+class Read(Query, frozen=True, forbid_unknown_fields=True):
+    """Parameters of ``read``; with ``wait`` the answer comes once there is a record, or after so many seconds.
 
-    after: Annotated[int, msgspec.Meta(ge=0)] = 0
-    limit: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 100
+    It comes with whatever record there is: who waits for some only looks at ``reached`` and asks again.
+    """
+
     wait: Annotated[float, msgspec.Meta(ge=0, le=MAX_WAIT)] = 0.0
 
 
@@ -136,6 +138,8 @@ class Service:
         # One for each producer and one for all others, so that none can have another's refusals left out.
         self._refusals: dict[Unit | None, Throttle] = {}
         self._open = False
+        # Whatever readers ask for, one processor is theirs at most.
+        self._searching = asyncio.Lock()
 
     async def open(self) -> bool:
         """Close what the last run left open, then write ``audit.start``; only then are records taken.
@@ -189,9 +193,14 @@ class Service:
             case "read":
                 wanted = _convert(request.params, Read)
                 if wanted.wait:
-                    await self._journal.wait_beyond(wanted.after, wanted.wait)
-                page = await asyncio.to_thread(self._journal.store.read, wanted.after, wanted.limit)
-                return {"records": [msgspec.Raw(line) for line in page.records], "next": page.next}
+                    await wire.while_there(channel, self._journal.wait_beyond(wanted.after, wanted.wait))
+                async with self._searching:
+                    page = await asyncio.to_thread(self._journal.store.search, wanted)
+                return {
+                    "records": [msgspec.Raw(line) for line in page.records],
+                    "next": page.next,
+                    "reached": page.reached,
+                }
             case "health":
                 seq, head = self._journal.store.end
                 newest = self.checkpoints.newest

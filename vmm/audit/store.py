@@ -32,6 +32,7 @@ from vmm.audit.records import (
     digest,
     parse,
 )
+from vmm.audit.search import Finder, Page, Query
 from vmm.audit.verify import SEGMENT_NAME, Chain, lines, segments
 from vmm.errors import Unavailable
 
@@ -39,8 +40,6 @@ SEGMENT_BYTES = 8 << 20
 RESERVE_BYTES = 256 << 10
 MAX_BATCH = 128
 """Entries of one append; at 32 KiB each they always fit into an empty segment."""
-MAX_PAGE_BYTES = 512 << 10
-"""Bytes of one page of records; a page has to fit into a frame of vmm.wire on its way to the API."""
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -50,13 +49,6 @@ class Draft(NamedTuple):
 
     entry: Entry
     producer: Producer
-
-
-class Page(NamedTuple):
-    """Some records as stored (without newline), and the number after which the next page starts."""
-
-    records: list[bytes]
-    next: int | None
 
 
 class _Full(Exception):
@@ -86,6 +78,7 @@ class Store:
         self._producer = producer
         self._boot = boot
         self._clock = clock
+        self._finder = Finder()
         self.broken = ""
         self._lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._file = -1
@@ -142,16 +135,12 @@ class Store:
 
     def read(self, after: int, limit: int) -> Page:
         """The stored records with numbers above ``after``, at most ``limit`` and about half a megabyte."""
+        return self.search(Query(after=after, limit=limit))
+
+    def search(self, query: Query) -> Page:
+        """A page of the stored records that are wanted; not from two threads at once. Raises: Unavailable."""
         last = self.end[0]
-        found: list[bytes] = []
-        size = 0
-        for line in self._lines_from(max(after, 0) + 1):
-            if len(found) >= limit or size + len(line) > MAX_PAGE_BYTES or after + len(found) >= last:
-                break
-            found.append(line[:-1])
-            size += len(line)
-        reached = after + len(found)
-        return Page(found, reached if found and reached < last else None)
+        return self._finder.page(query, [(first, self._path(first)) for first in self._firsts], last)
 
     def open_intents(self) -> Iterator[Record]:
         """The intents without an outcome.

@@ -1,9 +1,11 @@
 """Checks an audit trail anywhere: the store's directory, a copy of it, or an export.
 
     python3 -m vmm.audit.verify DIRECTORY|EXPORT.jsonl [--prev HASH] [--head HASH] [--known CHECKPOINT.json]
+        [--after N] [--to N] [--from TIME] [--until TIME]
 
 A chain proves every record but its own last one and how far it went on. Its checkpoints prove that, up to the last of
-them, to whoever knows the anchor's key: that of a checkpoint which he had from the host himself.
+them, to whoever knows the anchor's key: that of a checkpoint which he had from the host himself. A part of a trail
+proves that nothing is missing in it; what it was to be a part of (--after and so on) says whoever asked for it.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import msgspec
 
 from vmm.audit.checkpoint import Checkpoint
 from vmm.audit.records import CHECKPOINT, GENESIS, MAX_LINE, VERSION, Record, digest, parse
+from vmm.audit.span import Span, Whole, add_span, asked
 from vmm.errors import UserError, die, main
 
 if TYPE_CHECKING:
@@ -55,7 +58,9 @@ class Report(msgspec.Struct, frozen=True):
 
     ``records`` counts those before the first problem; those up to ``covered`` are anchored, by ``newest`` (0 and None
     where nothing is); ``notes`` are what is odd and may be honest; ``compared`` says whether the key is known to be the
-    host's. If not, somebody may have made trail, anchor and key.
+    host's. If not, somebody may have made trail, anchor and key. ``met`` says whether what the known checkpoint covers
+    is one of these records, or the one before them. ``prev`` is the hash of the record before the first one, ``times``
+    are those of the first and the last; all of ``span``, if it is given, is among those covered.
     """
 
     records: int
@@ -67,16 +72,28 @@ class Report(msgspec.Struct, frozen=True):
     newest: Checkpoint | None = None
     notes: tuple[str, ...] = ()
     compared: bool = False
+    met: bool = False
+    prev: str = GENESIS
+    times: tuple[str, str] = ("", "")
+    span: Span | None = None
 
     def text(self) -> str:
         """A trail without problem, for people."""
         said = [f"{self.records} records, {self.first} to {self.last}, unbroken; head {self.head}"]
+        if self.records:
+            said.append(f"from {self.times[0]} to {self.times[1]}, nothing left out in between")
+        if self.first > 1:
+            said.append(f"what came before record {self.first} is not in here; hash of the last of it: {self.prev}")
+        if self.span:
+            said.append(f"all records {self.span.text()} are in here")
         if self.newest:
             proof = self.newest.proof
             by = "the TPM" if proof.anchor == "tpm" else "a SOFTWARE anchor, which whoever had the host had as well"
             said.append(f"checkpoint {proof.counter} by {by}; key {proof.fingerprint}")
             if not self.compared:
                 said.append("NOT compared: nothing was given (--known) that shows whose key this is")
+            elif not self.met:
+                said.append("the record that is known is not in here: that shows whose key this is, and no more")
         if self.covered < self.last:
             first = max(self.covered + 1, self.first)
             what = f"record {self.last}" if first == self.last else f"records {first} to {self.last}"
@@ -167,11 +184,16 @@ class Anchors:
         self.newest = checkpoint
         self.covered = max(self.covered, checkpoint.covers)
 
-    def end(self) -> None:
-        """Take the end of the trail. Raises: Wrong."""
+    def end(self, *, part: bool = False) -> None:
+        """Take the end of the trail, or of a part of it that may end before what is known. Raises: Wrong."""
         if not self._known:
             return
         covers, counter = self._known.covers, self._known.proof.counter
+        if self._last < covers and part:
+            if self.newest and self.newest.proof.counter >= counter:
+                why = f"its newest checkpoint is {self.newest.proof.counter}, and {counter} is known to cover more"
+                raise Wrong("replay", why)
+            return
         if self._last < covers:
             raise Wrong("truncation", f"record {covers} is known to have been there: cut short, or an older copy")
         if covers < self._first and self.newest and self.newest.proof.counter < counter:
@@ -220,13 +242,19 @@ def lines(path: Path) -> Iterator[bytes]:
 
 
 def verify_directory(
-    path: Path, *, prev: str | None = None, head: str | None = None, known: Checkpoint | None = None
+    path: Path,
+    *,
+    prev: str | None = None,
+    head: str | None = None,
+    known: Checkpoint | None = None,
+    span: Span | None = None,
 ) -> Report:
     """Verify a store, or a copy of one.
 
     Arguments: ``prev`` is the hash of the record before the first one, for a trail whose oldest
     segments were archived; without it the trail must begin at record 1. ``head`` is the expected
-    hash of the last record. ``known`` is a checkpoint that the host is known to have made.
+    hash of the last record. ``known`` is a checkpoint that the host is known to have made. ``span`` is what has to be
+    there, anchored; one that ends may end before what is known.
     Raises: UserError when there is nothing to read, or ``known`` is not genuine.
     """
     files = segments(path)
@@ -241,27 +269,35 @@ def verify_directory(
                 raise Wrong(kind, f"the file {file.name} stands where {SEGMENT_NAME.format(chain.seq)} was expected")
             yield from lines(file)
 
-    return _verify(stream(), chain, head, known)
+    return _verify(stream(), chain, head, known, span)
 
 
 def verify_file(
-    path: Path, *, prev: str | None = None, head: str | None = None, known: Checkpoint | None = None
+    path: Path,
+    *,
+    prev: str | None = None,
+    head: str | None = None,
+    known: Checkpoint | None = None,
+    span: Span | None = None,
 ) -> Report:
     """Verify an export: one record a line, from any sequence number on.
 
     Arguments: as for verify_directory. Raises: UserError when the file cannot be read, or ``known`` is not genuine.
     """
-    return _verify(lines(path), Chain(prev=prev), head, known)
+    return _verify(lines(path), Chain(prev=prev), head, known, span)
 
 
-def _verify(stream: Iterator[bytes], chain: Chain, head: str | None, known: Checkpoint | None) -> Report:
+def _verify(
+    stream: Iterator[bytes], chain: Chain, head: str | None, known: Checkpoint | None, span: Span | None
+) -> Report:
     try:
         anchors = Anchors(known)
     except ValueError as error:
         die(f"the checkpoint that is known is not genuine: {error}")
-    clock = Clock()
+    clock, whole = Clock(), Whole(span or Span())
     first = count = 0
     at, end = chain.seq or 1, chain.head or GENESIS
+    before, times = end, ("", "")
     problem = None
     try:
         for line in stream:
@@ -269,13 +305,18 @@ def _verify(stream: Iterator[bytes], chain: Chain, head: str | None, known: Chec
             at = record.seq
             anchors.follow(record, chain.head or GENESIS)
             clock.follow(record)
-            first = first or record.seq
+            whole.follow(record)
+            if not first:
+                first, before = record.seq, record.prev
+            times = times[0] or record.time, record.time
             count += 1
             at, end = record.seq + 1, chain.head or GENESIS
         if head is not None and chain.head != head:
             why = "the trail does not end with the expected hash: cut short, or its last record changed"
             raise Wrong("truncation", why)
-        anchors.end()
+        anchors.end(part=span is not None and span.ends)
+        if span and (missing := whole.missing(anchors.covered)):
+            raise Wrong("truncation", f"not all records {span.text()} are in here and anchored: {missing}")
     except ValueError as error:
         kind: Kind = error.kind if isinstance(error, Wrong) else "edit"
         if kind == "deletion" and any(_number(line) == at for line in stream):
@@ -284,7 +325,14 @@ def _verify(stream: Iterator[bytes], chain: Chain, head: str | None, known: Chec
     except OSError as error:
         die(f"{error.filename}: {error.strerror}")
     last = first + count - 1 if count else 0
-    return Report(count, first, last, end, problem, anchors.covered, anchors.newest, clock.notes, known is not None)
+    return Report(
+        *(count, first, last, end, problem, anchors.covered, anchors.newest, clock.notes),
+        compared=known is not None,
+        met=known is not None and first - 1 <= known.covers <= last,
+        prev=before,
+        times=times,
+        span=None if problem else span,
+    )
 
 
 def _number(line: bytes) -> int | None:
@@ -305,10 +353,13 @@ def read_known(path: Path) -> Checkpoint:
         die(f"{path} holds no checkpoint: {error}")
 
 
-def verified(path: Path, *, prev: str | None, head: str | None, known: Path | None) -> Report:
-    """Verify what a path leads to; see verify_directory. Raises: UserError naming the first problem."""
+def verified(args: argparse.Namespace) -> Report:
+    """Verify what the arguments ask for; see verify_directory. Raises: UserError naming the first problem."""
+    path: Path = args.path
     verify = verify_directory if path.is_dir() else verify_file
-    report = verify(path, prev=prev, head=head, known=read_known(known) if known else None)
+    span = asked(args)
+    known = read_known(args.known) if args.known else None
+    report = verify(path, prev=args.prev, head=args.head, known=known, span=span if span != Span() else None)
     if found := report.problem:
         hint = f"{report.records} records before it are whole"
         raise UserError(f"record {found.seq}: {found.kind}: {found.why}", hint=hint)
@@ -321,6 +372,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prev", metavar="SHA384", help="hash of the record before the first one")
     parser.add_argument("--head", metavar="SHA384", help="expected hash of the last record")
     parser.add_argument("--known", type=Path, metavar="FILE", help="checkpoint that `holdfast audit anchor` printed")
+    group = parser.add_argument_group("what has to be in it, as it was given to `holdfast audit export`")
+    add_span(group)
 
 
 def command(arguments: list[str]) -> None:
@@ -329,8 +382,7 @@ def command(arguments: list[str]) -> None:
 
     parser = argparse.ArgumentParser(prog="python3 -m vmm.audit.verify", description="Verify an audit trail.")
     add_arguments(parser)
-    options = parser.parse_args(arguments)
-    print(verified(options.path, prev=options.prev, head=options.head, known=options.known).text())
+    print(verified(parser.parse_args(arguments)).text())
 
 
 if __name__ == "__main__":

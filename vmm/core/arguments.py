@@ -104,13 +104,6 @@ class RunProbe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     timeout: Annotated[int, msgspec.Meta(ge=1, le=1800)] = 300
 
 
-class ReadAudit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Up to ``limit`` records with sequence numbers above ``after``."""
-
-    after: Annotated[int, msgspec.Meta(ge=0)] = 0
-    limit: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 100
-
-
 def decode(value: Any, type: type[T]) -> T:
     """Make typed arguments of JSON values. Raises: UserError beginning with the path of the wrong field."""
     try:
