@@ -201,8 +201,7 @@ def test_whoever_follows_the_trail_hears_of_a_record_at_once(tmp_path: Path) -> 
             assert not any(task.done() for task in followers)
             for request in ("a", "b"):
                 await audit.append(Entry(type=EVENT, request=request))
-            pages = [await task for task in followers]
-            assert [page["records"][0]["request"] for page in pages] == ["a", "a", "b"]
+            assert [(await task)["records"][0]["request"] for task in followers] == ["a", "a", "b"]
             with pytest.raises(UserError, match="wait"):
                 await audit.read(0, 10, wait=31)
         committing.cancel()
