@@ -94,8 +94,7 @@ def test_no_acknowledged_record_is_lost_by_kill(tmp_path: Path) -> None:
     directory = tmp_path / "var/lib/holdfast-audit"
     with daemon(tmp_path):
         pass
-    report = verify.verify_directory(directory)
-    assert report.problem is None
+    assert verify.verify_directory(directory).problem is None
     stored = [parse(line) for file in verify.segments(directory) for line in verify.lines(file)]
     assert len(acknowledged) > 100
     assert {seq: stored[seq - 1].request for seq in acknowledged} == acknowledged
