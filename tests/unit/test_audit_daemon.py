@@ -174,7 +174,7 @@ def test_the_kernel_says_who_calls(tmp_path: Path) -> None:
                     with pytest.raises(UserError, match="unknown field"):
                         await wire.call(socket, "append", {"type": EVENT, "seq": 7})
                     with pytest.raises(NotFound):
-                        await wire.call(socket, "purge")
+                        await wire.call(socket, "delete")
                 else:
                     with pytest.raises(Unavailable, match="may not write"):
                         await audit.append(Entry(type=EVENT))
@@ -259,9 +259,12 @@ def test_a_full_store_opens_once_there_is_room(tmp_path: Path, monkeypatch: pyte
     async def run() -> None:
         journal, service = serve(tmp_path, {}, set())
         committing = asyncio.create_task(journal.run())
-        journal.store.full = True
+
+        def full(*_: object, **__: object) -> None:
+            raise Unavailable("the audit store is full")
+
         with monkeypatch.context() as patch:
-            patch.setattr(journal.store, "_take_reserve", lambda: False)
+            patch.setattr(journal.store, "_write", full)
             assert not await service.open()
         assert await service.open()
         await service.close()

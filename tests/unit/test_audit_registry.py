@@ -24,11 +24,12 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PENDING = 19
 """How many events are pending. It may only be lowered."""
 
+AUDIT = ("store", "server", "anchoring", "opening", "retention", "keeping")
 SOURCES: dict[Unit, tuple[str, ...]] = {
     "holdfast-api": ("api/*.py",),
     "holdfast-core": ("core/*.py", "machines/*.py"),
     "holdfast-host": ("config/*.py", "update/*.py"),
-    "holdfast-audit": ("audit/store.py", "audit/server.py", "audit/anchoring.py"),
+    "holdfast-audit": tuple(f"audit/{name}.py" for name in AUDIT),
 }
 """Where each producer's code lies."""
 
@@ -37,7 +38,7 @@ DYNAMIC = {
     "core/guests.py: type": "typed as a Literal",
     "update/records.py: type": "typed as a Literal",
     "api/connection.py: type_": "typed as a Literal",
-    "audit/store.py: intent.type": "that of an intent which was accepted",
+    "audit/opening.py: intent.type": "that of an intent which was accepted",
 }
 """Where a type is not written where the record is made, and what says that it is registered all the same."""
 

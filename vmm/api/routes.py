@@ -45,6 +45,8 @@ ROUTES = (
     Route("POST", "/v1/machines/{name}/force-off", "machine.force-off"),
     Route("GET", "/v1/machines/{name}/console", "machine.console", 101, kind="console"),
     Route("GET", "/v1/audit", "audit.read", query={"after": int, "limit": int}),
+    Route("GET", "/v1/audit/status", "audit.status"),
+    Route("POST", "/v1/audit/purge", "audit.purge", body=True),
     Route("POST", "/v1/audit/anchor", "audit.anchor"),
     Route("POST", "/v1/recovery-keys/fetch", "recovery.fetch"),
     # 202: the answer comes while the job runs; GET /v1/update tells how far it is.

@@ -118,7 +118,7 @@ class Checkpoints:
             if covers == self._quiet:
                 return self.newest
             try:
-                statement = Statement(covers, head, store.segment_of(covers))
+                statement = Statement(covers, head, store.segments.of(covers))
                 proof = await self._anchor.certify(statement.digest(), await self._past())
             except UserError as error:
                 await self._failed(error.message)

@@ -10,14 +10,16 @@ import msgspec
 
 from vmm import wire
 from vmm.audit.records import Actor, Entry, Object
+from vmm.audit.rule import Rule
 from vmm.errors import Unavailable, UserError
 from vmm.paths import AUDIT_SOCKET
 
 _LOOK_S = 0.05
+_PURGE_S = 120.0
 _ANCHOR_S = 60.0
 """A checkpoint that is under way comes first, and a TPM may take its time for each."""
 
-__all__ = ["Actor", "AuditClient", "Entry", "Object"]
+__all__ = ["Actor", "AuditClient", "Entry", "Object", "Rule"]
 
 
 class AuditClient:
@@ -83,11 +85,29 @@ class AuditClient:
         """How the daemon stands. Raises: Unavailable.
 
         Returns: ``{"ok": bool, "seq": n, "head": hex, "anchored": n, "anchor": "tpm", "software" or "",
-        "anchor_failure": text}``; not ok while records are refused, ``anchored`` is the last record that a checkpoint
-        covers, as far as this run of the daemon knows.
+        "anchor_failure": text, "unprotected": text}``; not ok while records are refused, ``anchored`` is the last
+        record that a checkpoint covers, as far as this run of the daemon knows.
         """
         result: dict[str, Any] = await self._call("health", {})
         return result
+
+    async def status(self) -> dict[str, Any]:
+        """How the store stands (vmm.audit.keeping). Raises: Unavailable; Forbidden as for read()."""
+        result: dict[str, Any] = await self._call("status", {})
+        return result
+
+    async def purge(self, before: str | int, request: str) -> dict[str, int]:
+        """Remove segments with nothing but records from before a time or number, for core's call ``request``.
+
+        Returns: ``{"first": n, "last": n, "lost": n}``, all 0 where none went; ``lost`` were not exported.
+        Raises: UserError; Unavailable; Forbidden for all but core.
+        """
+        result: dict[str, int] = await self._call("purge", {"before": before, "request": request}, at_least=_PURGE_S)
+        return result
+
+    def set_rule_sync(self, rule: Rule) -> None:
+        """Say what is kept, for the configure step. Raises: Unavailable; Forbidden for all but root."""
+        asyncio.run(self._call("rule", msgspec.to_builtins(rule)))
 
     async def _call(self, method: str, params: dict[str, Any], at_least: float = 0.0) -> Any:
         seconds = max(self._timeout, at_least)

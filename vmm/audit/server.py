@@ -8,7 +8,7 @@ import os
 import pwd
 import signal
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -17,9 +17,13 @@ import msgspec
 from vmm import wire
 from vmm.audit.anchoring import Anchor, AnchorClient, Checkpoints
 from vmm.audit.events import EVENTS
+from vmm.audit.keeping import Exported, Keeping, Purge
+from vmm.audit.opening import interrupted_entry, recovered_entry
 from vmm.audit.records import REFUSED, START, STOP, Actor, Entry, Producer, check
 from vmm.audit.registry import Unit
-from vmm.audit.store import MAX_BATCH, Draft, Store, interrupted_entry, recovered_entry
+from vmm.audit.rule import Rule
+from vmm.audit.spare import Spare
+from vmm.audit.store import MAX_BATCH, Draft, Store
 from vmm.audit.throttle import Throttle
 from vmm.errors import Forbidden, NotFound, Unavailable, UserError
 from vmm.notify import notify
@@ -37,6 +41,8 @@ PRODUCERS: Mapping[str, Unit] = {
 }
 """User → the producer that its processes are. What each may write stands in vmm.audit.events."""
 READERS = ("holdfast-core", "root")
+EXPORTERS = ("holdfast-export",)
+"""Who may say what of the trail is known elsewhere."""
 _RETRY = 5.0
 """Seconds between attempts to begin while the store is full."""
 _MOST_REASON = 1000
@@ -59,12 +65,15 @@ class Read(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Journal:
     """Appends to a store from many tasks: whatever waits while the disk is busy shares the next sync.
 
-    ``sealed`` is set whenever a segment was begun, and with it the one before ended.
+    ``sealed`` and ``ended`` are set whenever a segment was begun, and with it the one before ended.
     """
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self.sealed = asyncio.Event()
+        self.ended = asyncio.Event()
+        self._spare = Spare(store.producer.uid)
+        self._disk = asyncio.Lock()
         self._waiting: list[tuple[Draft, asyncio.Future[int]]] = []
         self._wake = asyncio.Event()
         self._news = asyncio.Event()
@@ -92,24 +101,60 @@ class Journal:
                 self._wake.clear()
             await self._commit(batch)
 
+    async def between(self, work: Callable[[], _T]) -> _T:
+        """Do something with the store while nothing is written to it. Raises: what ``work`` raises."""
+
+        async def alone() -> _T:
+            async with self._disk:
+                before = self.store.end, self.store.segments.newest
+                try:
+                    return await asyncio.to_thread(work)
+                finally:
+                    self._tell(*before)
+                    if self.store.broken:
+                        self._wake.set()
+
+        # Whoever waits may be cancelled; the thread goes on, and nobody may write beside it.
+        return await asyncio.shield(asyncio.ensure_future(alone()))
+
     async def _commit(self, batch: Sequence[tuple[Draft, asyncio.Future[int]]]) -> None:
+        async with self._disk:
+            failure = await self._put(batch)
+            if failure is not None and self.store.full:
+                if vital := [one for one in batch if self._spare.admits(one[0])]:
+                    await self._put(vital, vital=True)
+            elif failure is None:
+                self._spare.clear()
+        for _, future in batch:
+            if failure is not None and not future.done():
+                future.set_exception(failure)
+
+    async def _put(
+        self, batch: Sequence[tuple[Draft, asyncio.Future[int]]], *, vital: bool = False
+    ) -> Exception | None:
+        """Store a batch and say so to all who wait for it; why it could not be stored, None if it was."""
         waiting = [(future, index) for index, (_, future) in enumerate(batch)]
-        segment = self.store.segment
+        before = self.store.end, self.store.segments.newest
         try:
-            numbers = await asyncio.to_thread(self.store.append, [draft for draft, _ in batch])
+            numbers = await asyncio.to_thread(self.store.append, [draft for draft, _ in batch], vital=vital)
         except Exception as error:  # noqa: BLE001 - whoever waits must hear of it, whatever it is
-            for future, _ in waiting:
-                if not future.done():
-                    future.set_exception(error)
-            return
-        # Whoever waits now goes on; who waits from now on waits for the next.
-        self._news.set()
-        self._news = asyncio.Event()
-        if self.store.segment != segment:
-            self.sealed.set()
+            return error
+        finally:
+            self._tell(*before)
         for future, index in waiting:
             if not future.done():
                 future.set_result(numbers[index])
+        return None
+
+    def _tell(self, end: tuple[int, str], segment: int) -> None:
+        """Wake up whoever waits for what the store has since it stood so."""
+        if self.store.end != end:
+            # Whoever waits now goes on; who waits from now on waits for the next.
+            self._news.set()
+            self._news = asyncio.Event()
+        if self.store.segments.newest != segment:
+            self.sealed.set()
+            self.ended.set()
 
 
 class Service:
@@ -123,10 +168,14 @@ class Service:
         readers: frozenset[int],
         about: Mapping[str, str] | None = None,
         anchor: Anchor | None = None,
+        exporters: frozenset[int] = frozenset(),
     ) -> None:
         """Arguments: the daemon as a producer, the uids that may append, those that may read, what ``audit.start``
-        says of the host, and what checkpoints are anchored in (the service for that unless given).
+        says of the host, what checkpoints are anchored in (the service for that unless given), and the uids that may
+        say what is known elsewhere.
         """
+        self.keeping = Keeping(journal, own)
+        self._exporters = exporters
         self.checkpoints = Checkpoints(journal, own, anchor or AnchorClient())
         self._journal = journal
         self._own = own
@@ -180,8 +229,12 @@ class Service:
         match request.method:
             case "append":
                 return {"seq": await self._append(request, uid)}
-            case "checkpoint" | "read" if uid not in self._readers:
+            case "checkpoint" | "read" | "status" if uid not in self._readers:
                 raise self._refused(request, uid, Forbidden(f"uid {uid} may not read the audit trail"))
+            case "exported" | "purge" | "rule":
+                return await self._keep(request, uid)
+            case "status":
+                return self.keeping.status()
             case "checkpoint":
                 if not self._open:
                     raise Unavailable("the audit daemon takes no records, so it makes no checkpoint")
@@ -202,8 +255,31 @@ class Service:
                     "anchored": newest.covers if newest else 0,
                     "anchor": newest.proof.anchor if newest else "",
                     "anchor_failure": self.checkpoints.failure,
+                    "unprotected": self._journal.store.segments.unprotected,
                 }
         raise NotFound(f"the audit daemon has no method {request.method!r}")
+
+    async def _keep(self, request: wire.Request, uid: int) -> Any:
+        """A call about what is kept: who may make it follows from what the caller is. Raises: UserError."""
+        unit = self._producers.get(uid)
+        allowed = {
+            "exported": uid in self._exporters,
+            # Core lets auditors order it.
+            "purge": unit == "holdfast-core",
+            # The configure step, which is root.
+            "rule": unit == "holdfast-host",
+        }
+        if not allowed[request.method]:
+            raise self._refused(request, uid, Forbidden(f"uid {uid} may not call {request.method}"))
+        if not self._open:
+            raise Unavailable("the audit daemon takes no records yet, or no more")
+        match request.method:
+            case "exported":
+                return await self.keeping.take_exported(_convert(request.params, Exported).seq)
+            case "purge":
+                return await self.keeping.purge(_convert(request.params, Purge))
+        await self.keeping.take_rule(_convert(request.params, Rule))
+        return {}
 
     async def _append(self, request: wire.Request, uid: int) -> int:
         unit = self._producers.get(uid)
@@ -283,6 +359,7 @@ async def serve(directory: Path, socket: Path) -> None:
         producers={uid: PRODUCERS[user] for uid, user in uids(PRODUCERS).items()},
         readers=frozenset({own.uid, *uids(READERS)}),
         about=_about(ROOT),
+        exporters=frozenset(uids(EXPORTERS)),
     )
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -293,12 +370,13 @@ async def serve(directory: Path, socket: Path) -> None:
         tasks.append(asyncio.create_task(service.keep_opening()))
     server = await wire.serve(socket, service.handle, mode=0o666)
     notify()
-    keeping = asyncio.create_task(service.checkpoints.keep())
+    keeping = [asyncio.create_task(work) for work in (service.checkpoints.keep(), service.keeping.keep())]
     while not stop.is_set() and not committing.done():
         _, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         tasks = list(pending)
     server.close()
-    keeping.cancel()
+    for task in keeping:
+        task.cancel()
     if store.broken:
         raise Unavailable(f"the audit store failed: {store.broken}")
     await service.close()

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from vmm.audit.checkpoint import Checkpoint
-from vmm.audit.records import CHECKPOINT, GENESIS, MAX_LINE, VERSION, Record, digest, parse
+from vmm.audit.records import CHECKPOINT, GENESIS, MAX_LINE, REMOVED, VERSION, Record, digest, parse
+from vmm.audit.retention import Removed
 from vmm.errors import UserError, die, main
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ class Report(msgspec.Struct, frozen=True):
 
     ``records`` counts those before the first problem; those up to ``covered`` are anchored, by ``newest`` (0 and None
     where nothing is); ``notes`` are what is odd and may be honest; ``compared`` says whether the key is known to be the
-    host's. If not, somebody may have made trail, anchor and key.
+    host's. If not, somebody may have made trail, anchor and key. ``vouched`` is the record that says that those before
+    the first one were removed, 0 where none does.
     """
 
     records: int
@@ -67,10 +69,14 @@ class Report(msgspec.Struct, frozen=True):
     newest: Checkpoint | None = None
     notes: tuple[str, ...] = ()
     compared: bool = False
+    vouched: int = 0
 
     def text(self) -> str:
         """A trail without problem, for people."""
         said = [f"{self.records} records, {self.first} to {self.last}, unbroken; head {self.head}"]
+        if self.vouched:
+            proven = "" if self.vouched <= self.covered else ", which is NOT anchored"
+            said.append(f"those before record {self.first} were removed: record {self.vouched} says so{proven}")
         if self.newest:
             proof = self.newest.proof
             by = "the TPM" if proof.anchor == "tpm" else "a SOFTWARE anchor, which whoever had the host had as well"
@@ -184,6 +190,39 @@ class Anchors:
         return self._heads[index].hex() if index >= 0 else None
 
 
+class Beginning:
+    """Looks for the record that says why a trail does not begin with record 1."""
+
+    def __init__(self, *, vouched: bool) -> None:
+        """Arguments: whether somebody has to vouch for a later beginning."""
+        self._needed = vouched
+        self._first = 0
+        self._prev = ""
+        self._later = False
+        self.vouched = 0
+
+    def follow(self, record: Record) -> None:
+        """Take the next record. Raises: Wrong."""
+        if not self._first:
+            self._first, self._prev = record.seq, record.prev
+        self._later = self._later or (record.type == REMOVED and record.v > VERSION)
+        removed = Removed.of(record)
+        # A removal that a power cut stopped halfway left some of what it names.
+        if self._first == 1 or removed is None or not removed.first <= self._first <= removed.last + 1:
+            return
+        if self._first == removed.last + 1 and self._prev != removed.head:
+            raise Wrong("edit", f"it names another record {removed.last} than the trail begins behind")
+        self.vouched = record.seq
+
+    def end(self) -> None:
+        """Take the end of the trail. Raises: Wrong."""
+        if not self._needed or self._first <= 1 or self.vouched:
+            return
+        if self._later:
+            raise Wrong("unreadable", "a later release removed what was before: verify with that one")
+        raise Wrong("truncation", f"it begins with record {self._first}, and none says that those before were removed")
+
+
 class Clock:
     """Notes where a record's time lies before that of the one before it."""
 
@@ -213,9 +252,19 @@ def segments(directory: Path) -> list[Path]:
 
 
 def lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file, newline included; a longer one than any record is cut, not held in memory."""
+    """The lines of a file, newline included; a longer one than any record is cut, not held in memory.
+
+    Raises: OSError naming the file, also where fs-verity finds it changed.
+    """
     with path.open("rb") as file:
-        while line := file.readline(MAX_LINE + 1):
+        while True:
+            try:
+                line = file.readline(MAX_LINE + 1)
+            except OSError as error:
+                error.filename = str(path)
+                raise
+            if not line:
+                return
             yield line
 
 
@@ -224,24 +273,24 @@ def verify_directory(
 ) -> Report:
     """Verify a store, or a copy of one.
 
-    Arguments: ``prev`` is the hash of the record before the first one, for a trail whose oldest
-    segments were archived; without it the trail must begin at record 1. ``head`` is the expected
+    Arguments: ``prev`` is the hash of the record before the first one, for a part of a trail; without it the trail
+    must begin at record 1, or say itself that what was before was removed. ``head`` is the expected
     hash of the last record. ``known`` is a checkpoint that the host is known to have made.
     Raises: UserError when there is nothing to read, or ``known`` is not genuine.
     """
     files = segments(path)
     if not files:
         die(f"{path} holds no audit segments")
-    chain = Chain(seq=None if prev else 1, prev=prev)
+    chain = Chain(seq=int(files[0].stem), prev=prev)
 
     def stream() -> Iterator[bytes]:
         for file in files:
-            if chain.seq is not None and file.name != SEGMENT_NAME.format(chain.seq):
-                kind: Kind = "deletion" if int(file.stem) > chain.seq else "reordering"
+            if file.name != SEGMENT_NAME.format(chain.seq):
+                kind: Kind = "deletion" if int(file.stem) > (chain.seq or 0) else "reordering"
                 raise Wrong(kind, f"the file {file.name} stands where {SEGMENT_NAME.format(chain.seq)} was expected")
             yield from lines(file)
 
-    return _verify(stream(), chain, head, known)
+    return _verify(stream(), chain, head, known, Beginning(vouched=prev is None))
 
 
 def verify_file(
@@ -251,10 +300,12 @@ def verify_file(
 
     Arguments: as for verify_directory. Raises: UserError when the file cannot be read, or ``known`` is not genuine.
     """
-    return _verify(lines(path), Chain(prev=prev), head, known)
+    return _verify(lines(path), Chain(prev=prev), head, known, Beginning(vouched=False))
 
 
-def _verify(stream: Iterator[bytes], chain: Chain, head: str | None, known: Checkpoint | None) -> Report:
+def _verify(
+    stream: Iterator[bytes], chain: Chain, head: str | None, known: Checkpoint | None, beginning: Beginning
+) -> Report:
     try:
         anchors = Anchors(known)
     except ValueError as error:
@@ -268,6 +319,7 @@ def _verify(stream: Iterator[bytes], chain: Chain, head: str | None, known: Chec
             record = chain.follow(line)
             at = record.seq
             anchors.follow(record, chain.head or GENESIS)
+            beginning.follow(record)
             clock.follow(record)
             first = first or record.seq
             count += 1
@@ -276,6 +328,8 @@ def _verify(stream: Iterator[bytes], chain: Chain, head: str | None, known: Chec
             why = "the trail does not end with the expected hash: cut short, or its last record changed"
             raise Wrong("truncation", why)
         anchors.end()
+        at = 1
+        beginning.end()
     except ValueError as error:
         kind: Kind = error.kind if isinstance(error, Wrong) else "edit"
         if kind == "deletion" and any(_number(line) == at for line in stream):
@@ -284,7 +338,8 @@ def _verify(stream: Iterator[bytes], chain: Chain, head: str | None, known: Chec
     except OSError as error:
         die(f"{error.filename}: {error.strerror}")
     last = first + count - 1 if count else 0
-    return Report(count, first, last, end, problem, anchors.covered, anchors.newest, clock.notes, known is not None)
+    compared, vouched = known is not None, beginning.vouched
+    return Report(count, first, last, end, problem, anchors.covered, anchors.newest, clock.notes, compared, vouched)
 
 
 def _number(line: bytes) -> int | None:
@@ -310,7 +365,7 @@ def verified(path: Path, *, prev: str | None, head: str | None, known: Path | No
     verify = verify_directory if path.is_dir() else verify_file
     report = verify(path, prev=prev, head=head, known=read_known(known) if known else None)
     if found := report.problem:
-        hint = f"{report.records} records before it are whole"
+        hint = f"{report.records} records {'before' if found.seq > report.first else 'behind'} it are whole"
         raise UserError(f"record {found.seq}: {found.kind}: {found.why}", hint=hint)
     return report
 

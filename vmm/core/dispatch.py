@@ -43,13 +43,15 @@ class Audit(Protocol):
 class Call:
     """One call on its way through a handler: who makes it, and its name in the records.
 
-    ``object_id`` is the identity of what the handler made, for the outcome record.
+    ``object_id`` is the identity of what the handler made, for the outcome record, and ``outcome`` that record's own
+    fields.
     """
 
     def __init__(self, channel: wire.Channel | None) -> None:
         """Arguments: ``channel`` is None for calls that core itself makes."""
         self._channel = channel
         self.object_id = ""
+        self.outcome: dict[str, Any] = {}
         self.actor = Actor()
         self.request = ""
 
@@ -225,7 +227,7 @@ class Dispatcher:
             reason, failure = f"an internal error: {type(error).__name__}", error
         if call.object_id:
             case.object = msgspec.structs.replace(case.object, id=call.object_id)
-        case.extra = {}
+        case.extra = call.outcome
         try:
             await self._record(case, reason)
         except Unavailable as error:
