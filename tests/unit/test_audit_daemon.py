@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from unittest.mock import Mock
 
 import msgspec
 import pytest
@@ -259,12 +260,8 @@ def test_a_full_store_opens_once_there_is_room(tmp_path: Path, monkeypatch: pyte
     async def run() -> None:
         journal, service = serve(tmp_path, {}, set())
         committing = asyncio.create_task(journal.run())
-
-        def full(*_: object, **__: object) -> None:
-            raise Unavailable("the audit store is full")
-
         with monkeypatch.context() as patch:
-            patch.setattr(journal.store, "_write", full)
+            patch.setattr(journal.store, "append", Mock(side_effect=Unavailable("full")))
             assert not await service.open()
         assert await service.open()
         await service.close()

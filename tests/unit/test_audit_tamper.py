@@ -12,12 +12,14 @@ import msgspec
 import pytest
 
 from tests.unit.test_audit_anchor import Managed
-from tests.unit.test_audit_checkpoints import checkpoints, trail
-from tests.unit.test_audit_daemon import EVENT, OWN, LocalAnchor
+from tests.unit.test_audit_checkpoints import checkpoints, put, run, trail
+from tests.unit.test_audit_daemon import EVENT, OWN, LocalAnchor, stored
 from tests.unit.test_update_floor import needs_tpm, tcti
+from vmm.audit import store as store_module
 from vmm.audit import verify
 from vmm.audit.checkpoint import Checkpoint
-from vmm.audit.records import GENESIS, Entry, canonical, digest, parse
+from vmm.audit.keeping import Purge
+from vmm.audit.records import CHECKPOINT, GENESIS, Entry, canonical, digest, parse
 from vmm.audit.store import Draft, Store
 from vmm.errors import UserError
 
@@ -222,3 +224,129 @@ def test_a_checkpoint_of_a_later_release_is_not_passed_over(tmp_path: Path) -> N
     later = lines[-1].replace(b'"v":2', b'"v":3')
     problem = verified([*lines[:-1], later], tmp_path).problem
     assert problem is not None and problem.kind == "unreadable"
+
+
+def shortened(folder: Path, monkeypatch: pytest.MonkeyPatch, rounds: int = 8) -> tuple[Path, int]:
+    """A store of many segments whose oldest an auditor had removed, anchored behind that; and the removal's number."""
+    monkeypatch.setattr(store_module, "SEGMENT_BYTES", 3000)
+    anchor, store = LocalAnchor(folder / "anchor"), folder / "store"
+
+    async def fill() -> None:
+        async with run(store, anchor) as service:
+            for _ in range(rounds):
+                await put(service, 4)
+                await service.checkpoints.make()
+            await service.keeping.purge(Purge(int(verify.segments(store)[3].stem)))
+            await service.checkpoints.make()
+
+    asyncio.run(fill())
+    (removal,) = (record.seq for record in stored(store) if record.type == "audit.removed")
+    return store, removal
+
+
+def test_a_trail_whose_begin_was_removed_on_record_verifies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, removal = shortened(tmp_path, monkeypatch)
+    files = verify.segments(store)
+    report = verify.verify_directory(store, known=checkpoints(store)[-1])
+    assert report.problem is None and report.vouched == removal <= report.covered
+    text = report.text()
+    assert f"those before record {report.first} were removed: record {removal} says so" in text
+    assert "which is NOT anchored" not in text
+    # A checkpoint from before vouches for the rest as well, although what it covers is gone.
+    early = Checkpoint.of(stored(store)[next(i for i, r in enumerate(stored(store)) if r.type == CHECKPOINT)])
+    assert verify.verify_directory(store, known=early).problem is None
+    # Whoever has the hash needs nobody to vouch; and an export may begin anywhere.
+    lines = [line for file in files for line in verify.lines(file)]
+    assert verify.verify_directory(store, prev=parse(lines[0]).prev).problem is None
+    assert verified(lines[5:], tmp_path).problem is None
+
+
+def removed_says(field: str, value: object) -> Callable[[list[bytes]], list[bytes]]:
+    """The trail with another word in the record of the removal, and linked anew from there."""
+
+    def change(lines: list[bytes]) -> list[bytes]:
+        made: list[bytes] = []
+        for line in lines:
+            record = parse(line)
+            if made:
+                record = msgspec.structs.replace(record, prev=digest(made[-1]))
+            if record.type == "audit.removed":
+                record = msgspec.structs.replace(record, extra=record.extra | {field: value})
+            made.append(canonical(record))
+        return made
+
+    return change
+
+
+BEGINNINGS: dict[str, tuple[Callable[[list[Path]], object], str]] = {
+    "one segment more": (lambda x: x[0].unlink(), "truncation"),
+    "all segments but the newest": (lambda x: list(map(Path.unlink, x[:-1])), "truncation"),
+    "one in between": (lambda x: x[1].unlink(), "deletion"),
+    "the end of the oldest": (lambda x: x[0].write_bytes(x[0].read_bytes()[:-400]), "edit"),
+    "the begin of the oldest": (
+        lambda x: x[0].write_bytes(x[0].read_bytes().split(b"\n", 1)[1]),
+        "deletion",
+    ),
+    "another name for the oldest": (lambda x: x[0].rename(x[0].with_name(f"{1:020d}.log")), "deletion"),
+}
+
+
+@pytest.mark.parametrize("attack", BEGINNINGS)
+def test_what_goes_beyond_a_removal_is_named(attack: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, _ = shortened(tmp_path, monkeypatch)
+    do, kind = BEGINNINGS[attack]
+    for file in verify.segments(store):
+        file.chmod(0o600)
+    do(verify.segments(store))
+    problem = verify.verify_directory(store).problem
+    assert problem is not None and problem.kind == kind, problem
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (removed_says("head", "0" * 96), "edit"),
+        (removed_says("last", 3), "truncation"),
+        (removed_says("first", 4000), "truncation"),
+        (removed_says("head", "nothing"), "truncation"),
+        (lambda x: [line for line in x if b'"audit.removed"' not in line], "deletion"),
+    ],
+)
+def test_a_removal_that_says_something_else_vouches_for_nothing(
+    change: Attack, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where no checkpoint covers it and all links fit."""
+    store, removal = shortened(tmp_path, monkeypatch)
+    lines = [line for file in verify.segments(store) for line in verify.lines(file)]
+    first = parse(lines[0]).seq
+    rest = [line for line in change(lines) if parse(line).seq <= removal + (kind == "deletion")]
+    shutil.rmtree(store)
+    store.mkdir()
+    (store / f"{first:020d}.log").write_bytes(b"".join(rest))
+    problem = verify.verify_directory(store).problem
+    assert problem is not None and problem.kind == kind, problem
+
+
+def test_a_removal_by_a_later_release_asks_for_its_verifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, removal = shortened(tmp_path, monkeypatch)
+    lines = [line for file in verify.segments(store) for line in verify.lines(file)]
+    rest = [line for line in lines if parse(line).seq <= removal]
+    rest[-1] = rest[-1].replace(b'"v":2}', b'"v":3,"w":1}')
+    first = parse(lines[0]).seq
+    shutil.rmtree(store)
+    store.mkdir()
+    (store / f"{first:020d}.log").write_bytes(b"".join(rest))
+    problem = verify.verify_directory(store).problem
+    assert problem is not None and (problem.kind, problem.seq) == ("unreadable", 1)
+
+
+def test_a_segment_that_the_disk_does_not_give_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So looks what was changed under fs-verity, from outside of the host."""
+    store, _ = shortened(tmp_path, monkeypatch)
+    file = verify.segments(store)[0]
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(UserError, match=file.name):
+        verify.command([str(store)])

@@ -276,3 +276,19 @@ def test_atomic_write_replaces_and_leaves_no_rest(tmp_path: Path) -> None:
     assert target.read_bytes() == b"two" and target.stat().st_mode & 0o777 == 0o640
     assert [p.name for p in target.parent.iterdir()] == ["file"]
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_the_audit_service_is_told_what_is_kept(host: Host) -> None:
+    """At each start, as it may have been given another store; a configuration that is refused changes nothing."""
+    host.seed(encoded(audit={"when_full": "refuse", "keep_days": 30}))
+    for _ in range(2):
+        assert host.configure() is None
+    assert host.rules == [Rule("refuse", keep_days=30)] * 2
+    host.rule_is_taken = False
+    failure = host.configure()
+    assert failure is not None and "the audit service does not take its rule" in failure.message
+    # All else is in force.
+    assert host.hostnames == ["hf1"] * 3
+    host.rule_is_taken = True
+    paths.STORED_CONFIG.write_bytes(b"{}")
+    assert host.configure() is not None and len(host.rules) == 2

@@ -303,3 +303,39 @@ def test_audit_is_read_through_core(tmp_path: Path) -> None:
             }
 
     asyncio.run(read())
+
+
+@pytest.mark.sfr("FAU_STG.1", "FMT_MOF_EXT.1")
+def test_deleting_records_is_an_auditors_function(tmp_path: Path) -> None:
+    """Administrators may see how the store stands, and no more; what an auditor had deleted is in the outcome."""
+
+    async def purge() -> None:
+        async with running(tmp_path) as core:
+            for role in ("admin", "operator", "user"):
+                with pytest.raises(Forbidden, match=r"may not call audit\.purge"):
+                    await core.call("audit.purge", role, before=7)
+            for wrong in ({}, {"before": 0}, {"before": -1}, {"before": 1.5}, {"before": None}, {"before": "x" * 41}):
+                with pytest.raises(UserError, match="before"):
+                    await core.call("audit.purge", "auditor", **wrong)
+            assert core.audit.purges == []
+            core.audit.entries.clear()
+            for before in (7, "2026-11-23T04:05:06Z"):
+                assert await core.call("audit.purge", "auditor", before=before) == {"first": 1, "last": 5, "lost": 2}
+            assert [call["before"] for call in core.audit.purges] == [7, "2026-11-23T04:05:06Z"]
+            assert {call["request"] for call in core.audit.purges} == {"r1"}
+            intent, outcome, *_ = core.audit.entries
+            assert (intent.phase, intent.extra, intent.actor.id) == ("intent", {"args": {"before": 7}}, "auditor-1")
+            assert (outcome.phase, outcome.outcome) == ("outcome", "success")
+            assert outcome.extra == {"first": 1, "last": 5, "lost": 2}
+            # Without its intent on record nothing goes.
+            core.audit.refuse_from = 0
+            with pytest.raises(Unavailable):
+                await core.call("audit.purge", "auditor", before=9)
+            assert len(core.audit.purges) == 2
+            core.audit.refuse_from = 1 << 30
+            for role in ("admin", "auditor"):
+                assert (await core.call("audit.status", role))["rule"] == {"when_full": "overwrite"}
+            with pytest.raises(Forbidden):
+                await core.call("audit.status", "operator")
+
+    asyncio.run(purge())

@@ -132,6 +132,10 @@ def test_an_unknown_domain_is_reported_once_recorded(root: Path, tmp_path_factor
         audit.anchor_failure = "the TPM does not answer"
         failed = [check for check in (await watch.health()).checks if not check.ok]
         assert (failed[0].name, failed[0].detail) == ("audit-anchor", "the TPM does not answer")
+        # A volume without fs-verity is said, and no failure.
+        audit.unprotected = "the file system has none"
+        (check,) = (check for check in (await watch.health()).checks if check.name == "audit")
+        assert check.ok and check.detail.endswith("not under fs-verity: the file system has none")
         server.close()
         rig.database.close()
 

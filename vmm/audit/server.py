@@ -111,6 +111,9 @@ class Journal:
                     return await asyncio.to_thread(work)
                 finally:
                     self._tell(*before)
+                    if self.store.end != before[0]:
+                        # A removal is to be proven soon.
+                        self.sealed.set()
                     if self.store.broken:
                         self._wake.set()
 

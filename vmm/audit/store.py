@@ -190,8 +190,9 @@ class Store:
             self._end_segment(_text(now - _LONGEST))
             if count := self.segments.older(_text(now - datetime.timedelta(days=days))):
                 self._remove(count, "age", f"older than {days} days")
-        over = self.used - self.quota
-        if self.memory.rule.when_full == "overwrite" and over > 0 and (count := self.segments.oldest(over)):
+        while self.memory.rule.when_full == "overwrite" and (over := self.used - self.quota) > 0:
+            if not (count := self.segments.oldest(over)):
+                return
             self._remove(count, "full", "more than the store may hold")
 
     def purge(self, before: str | int, request: str) -> Removed | None:

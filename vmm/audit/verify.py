@@ -332,7 +332,7 @@ def _verify(
         beginning.end()
     except ValueError as error:
         kind: Kind = error.kind if isinstance(error, Wrong) else "edit"
-        if kind == "deletion" and any(_number(line) == at for line in stream):
+        if kind == "deletion" and _comes_later(at, stream):
             kind = "reordering"
         problem = Problem(at, kind, str(error))
     except OSError as error:
@@ -340,6 +340,14 @@ def _verify(
     last = first + count - 1 if count else 0
     compared, vouched = known is not None, beginning.vouched
     return Report(count, first, last, end, problem, anchors.covered, anchors.newest, clock.notes, compared, vouched)
+
+
+def _comes_later(seq: int, stream: Iterator[bytes]) -> bool:
+    """Whether a record stands further on, as far as what is left can be read."""
+    try:
+        return any(_number(line) == seq for line in stream)
+    except ValueError:
+        return False
 
 
 def _number(line: bytes) -> int | None:
