@@ -56,9 +56,11 @@ def protect(path: Path) -> None:
             if not flags & _VERITY_FLAG:
                 # Only who may write a file may enable it.
                 os.fchmod(descriptor, 0o600)
-                fcntl.ioctl(descriptor, _ENABLE_VERITY, _VERITY.pack(1, 1, 4096, 0, 0, 0, 0, 0))
+                try:
+                    fcntl.ioctl(descriptor, _ENABLE_VERITY, _VERITY.pack(1, 1, 4096, 0, 0, 0, 0, 0))
+                finally:
+                    os.fchmod(descriptor, 0o400)
         finally:
-            os.fchmod(descriptor, 0o400)
             os.close(descriptor)
     except FileNotFoundError:
         raise

@@ -11,8 +11,7 @@ from typing import Any
 from vmm.audit.records import REFUSED
 from vmm.audit.store import Draft
 
-PURGE = "audit.purge"
-_OF_A_PURGE = ("session.start", "session.end", PURGE)
+_OF_A_PURGE = ("session.start", "session.end", "audit.status", "audit.purge")
 MOST = 64
 """Records of a purge, and of the sessions that it takes, by each certificate while the store is full."""
 

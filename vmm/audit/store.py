@@ -57,7 +57,8 @@ class Store:
     ever see records that are on stable storage. ``end`` is the number and hash of the last record,
     ``full`` whether appends are refused for want of room, ``recovered`` how many bytes of a line
     that was never acknowledged were cut off at opening, None if the last run ended in order, ``broken`` says why
-    the store takes nothing any more until it is opened anew (empty: it does).
+    the store takes nothing any more until it is opened anew (empty: it does). ``memory`` holds the rule for what is
+    kept and how far the trail was exported.
     """
 
     segments: Segments
