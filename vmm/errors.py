@@ -59,14 +59,27 @@ def die(message: str, *, hint: str = "") -> NoReturn:
     raise UserError(message, hint=hint)
 
 
+def printable(text: str) -> str:
+    """Text from elsewhere for a terminal, which it then cannot steer: what does not print is escaped as in JSON.
+
+    Line ends stay. JSON stays the same JSON.
+    """
+    return "".join(c if c.isprintable() or c == "\n" else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    units = character.encode("utf-16-be", "surrogatepass")
+    return "".join(f"\\u{units[i]:02x}{units[i + 1]:02x}" for i in range(0, len(units), 2))
+
+
 def main(entry: Callable[[], int | None]) -> NoReturn:
     """Run a program's entry point, printing a UserError as text instead of a traceback."""
     try:
         sys.exit(entry() or 0)
     except UserError as error:
-        print(f"error: {error.message}", file=sys.stderr)
+        print(f"error: {printable(error.message)}", file=sys.stderr)
         if error.hint:
-            print(f"hint: {error.hint}", file=sys.stderr)
+            print(f"hint: {printable(error.hint)}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

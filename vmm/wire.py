@@ -10,13 +10,14 @@ A frame is one byte of kind, four bytes of big-endian length, and the payload.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import socket
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -25,6 +26,8 @@ from vmm.errors import Conflict, Forbidden, NotFound, Unavailable, UserError
 MAX_FRAME = 1 << 20
 _LINGER_S = 10.0
 HEADER = struct.Struct(">cI")
+
+T = TypeVar("T")
 
 
 class Kind(enum.Enum):
@@ -139,6 +142,11 @@ class Channel:
         except (TimeoutError, ConnectionError):
             pass
 
+    async def gone(self) -> None:
+        """Return once the other end, which has nothing more to send, is there no longer (or does send something)."""
+        with contextlib.suppress(ConnectionError):
+            await self._reader.read(1)
+
     async def close(self) -> None:
         """Close the connection; never raises for a peer that is already gone."""
         self._writer.close()
@@ -197,6 +205,23 @@ async def call(path: Path, method: str, params: dict[str, Any] | None = None) ->
             return await channel.result()
         except ProtocolError as error:
             raise Unavailable(f"the service behind {path.name}: {error}") from None
+
+
+async def while_there(channel: Channel, work: Coroutine[Any, Any, T]) -> T:
+    """Do something for the other end, which has nothing more to send, for as long as it is there.
+
+    Raises: what the work raises; ConnectionError when the other end goes away, the work being cancelled.
+    """
+    tasks = asyncio.create_task(work), asyncio.create_task(channel.gone())
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
+            raise ConnectionError("the other end went away")
+        return tasks[0].result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 Handler = Callable[[Request, Channel], Awaitable[Any]]

@@ -35,7 +35,7 @@ _PARTS = {
     "build": "build times, cold and warm",
     "sizes": "sizes of the UKI, the payload and the root",
     "boot": "starts of the host image and of the stock reference, which is built when needed",
-    "update": "a release on the wire, whole and as a patch",
+    "update": "a release on the wire, whole and as a patch of the one before and of N-2",
     "memory": "memory of the idle services",
     "guests": "create-to-running of a guest",
 }
@@ -99,7 +99,7 @@ def _measure(options: _Options, figures: list[Figure]) -> None:
         say("building in a copy: cold, then warm")
         figures += builds.measure(layout)
     if "update" in options.parts:
-        say("building and publishing a patch release")
+        say("building and publishing two patch releases")
         figures += updates.measure(layout.release_folder, layout.version)
     if options.parts <= {"sizes", "build", "update"}:
         return

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import http.client
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tests.faults import guest
 from tests.faults.inspect import Found, inspect, version
 from tests.faults.stages import RUNNING, Update, restart
+from tests.harness.agent import AgentError
+from tests.harness.api import ApiError
 from tests.harness.host import Host
+from tests.harness.qmp import Happened, QmpError
 from tests.harness.updates import Updates, slot
+from tests.harness.waiting import Expired
+from vmm.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -69,31 +76,56 @@ class Cut:
         return f"{self.kind.name}, {self.seconds:.2f} s"
 
 
-def spread(count: int, moments: random.Random) -> list[Cut]:
-    """So many cuts of all kinds by their shares, mixed, so that those who end early have some of each."""
-    kinds = [kind for kind in KINDS for _ in range(round(count * kind.share / 100))]
-    kinds += [WRITING] * (count - len(kinds))
+def spread(count: int, moments: random.Random, wanted: Sequence[Kind] = KINDS) -> list[Cut]:
+    """So many cuts of the wanted kinds by their shares, mixed, so that those who end early have some of each."""
+    whole = sum(kind.share for kind in wanted)
+    kinds = [kind for kind in wanted for _ in range(round(count * kind.share / whole))]
+    kinds += [max(wanted, key=lambda kind: kind.share)] * (count - len(kinds))
     moments.shuffle(kinds)
     return [Cut.any(kind, moments) for kind in kinds[:count]]
 
 
 @contextmanager
-def cut(update: Update, one: Cut, workdir: Path) -> Iterator[tuple[Host, Found]]:
-    """Cut the power. Inside, the host is off and what is on its disk is known."""
+def cut(update: Update, one: Cut, workdir: Path, *, writing: bool = False) -> Iterator[tuple[Host, Found]]:
+    """Cut the power. Inside, the host is off, what is on its disk is known, and its console's log is of this cut.
+
+    With ``writing`` a guest writes until then, and complete() looks for what it wrote. It is started here and does not
+    run in the checkpoints, where it would slow down all cuts. On a trial the moment would be over before it has booted:
+    there only its first numbers are looked for.
+    """
+    (workdir / "serial.log").unlink(missing_ok=True)
     host = update.at(one.kind.stage).host(workdir, faulty_disk=True)
     try:
         with host:
+            writer = _writer(update, host) if writing and one.kind.stage != "trial" else None
             with update.serve(host):
                 one.kind.begin(update, host)
                 time.sleep(one.seconds * host.acceleration.scale)
                 host.power_cut()
-            yield host, inspect(host.files.flat_disk, RUNNING, update.release.folder, workdir)
+            acknowledged = writer.last() if writer else guest.ALREADY
+            try:
+                found = inspect(host.files.flat_disk, RUNNING, update.release.folder, workdir)
+            except UserError as error:
+                found = Found("", f"the disk cannot be read: {error.message}")
+            yield host, replace(found, acknowledged=acknowledged)
     finally:
         host.files.discard()
 
 
-def complete(update: Update, host: Host) -> str:
+def _writer(update: Update, host: Host) -> guest.Writer:
+    host.agent.set_clock()
+    return guest.Writer(host.api(update.admin))
+
+
+def complete(update: Update, host: Host, found: Found) -> str:
     """Start a host after a cut, complete what was begun, and see that it is kept; "" or what went wrong."""
+    try:
+        return _completed(update, host) or update.damage(host, found.acknowledged)
+    except (Expired, Happened, ApiError, AgentError, QmpError, OSError, http.client.HTTPException) as error:
+        return f"after its start: {error}"
+
+
+def _completed(update: Update, host: Host) -> str:
     host.power_on()
     updates = Updates(host, update.admin)
     host.wait_ready(update.admin, 120)
@@ -109,4 +141,4 @@ def complete(update: Update, host: Host) -> str:
         updates.reboot()
         status = updates.settled()
     kept = status["running"] == update.release.version and slot(status, "b")["tries"] is None
-    return update.damage(host) if kept else f"it runs {status['running']}: {status}"
+    return "" if kept else f"it runs {status['running']}: {status}"

@@ -18,10 +18,14 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Found:
-    """``stage`` is how far the update came; ``broken`` says what is wrong, "" when nothing is."""
+    """``stage`` is how far the update came; ``broken`` says what is wrong, "" when nothing is.
+
+    ``acknowledged`` is the last number that a guest was told to be on its disk.
+    """
 
     stage: str
     broken: str = ""
+    acknowledged: int = 0
 
 
 def inspect(disk: Path, old: Path, new: Path, scratch: Path) -> Found:

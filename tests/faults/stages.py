@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tests.faults import guest
 from tests.harness import releases
 from tests.harness.checkpoint import Checkpoint
 from tests.harness.host import Host
@@ -17,6 +18,7 @@ from tests.harness.publishing import Publisher
 from tests.harness.repository import RepositoryServer
 from tests.harness.seed import Identity
 from tests.harness.updates import Updates
+from tests.harness.workstation import GUEST
 
 RUNNING = Path("build/image/release")
 _STORE = Path("build/test/checkpoints-staged")
@@ -47,7 +49,8 @@ class Update:
 
     def _store(self) -> Path:
         manifest = (self.release.folder / "manifest.json").read_text()
-        folder = _STORE / hashlib.sha256(f"{self.booted.files.directory} {manifest}".encode()).hexdigest()[:16]
+        inputs = f"{self.booted.files.directory} {manifest} {hashlib.sha256(GUEST.read_bytes()).hexdigest()}"
+        folder = _STORE / hashlib.sha256(inputs.encode()).hexdigest()[:16]
         if not folder.exists():
             shutil.rmtree(_STORE, ignore_errors=True)
             publisher = Publisher(releases.FOLDER / "offered-staged")
@@ -62,17 +65,24 @@ class Update:
         """The server that has the release, for a host that is on."""
         return host.serve(self._store() / "repository")
 
-    def damage(self, host: Host) -> str:
-        """Whether a volume that was written before the update is what it was; "" if so."""
+    def damage(self, host: Host, acknowledged: int) -> str:
+        """What is missing of what was on the volumes before a cut; "" if nothing is.
+
+        ``acknowledged`` is the last number that the guest was told to be on its disk.
+        """
         volume = host.api(self.admin).call("GET", f"/v1/volumes/{_VOLUME}")
         content = host.agent.read(f"/var/lib/holdfast/core/volumes/{volume['uuid']}.raw")
-        return "" if content == _CONTENT else "a volume has changed"
+        if content != _CONTENT:
+            return "a volume has changed"
+        written = guest.found(host, self.admin)
+        return "" if written >= acknowledged else f"the guest wrote {acknowledged} numbers, and {written} are there"
 
 
 def _offer(update: Update, host: Host) -> None:
     host.agent.set_clock()
     updates = Updates(host, update.admin)
     updates.api.call("PUT", f"/v1/volumes/{_VOLUME}/content?format=raw", _CONTENT, seconds=60)
+    guest.make(updates.api)
     with update.serve(host):
         updates.do("check")
 

@@ -71,6 +71,7 @@ def build_initrd(target: Path, root: Path, busybox: Path) -> str:
         "init": Entry(stat.S_IFREG | 0o755, (_HERE / "init.sh").read_bytes()),
         "bin/shell": Entry(stat.S_IFREG | 0o755, (_HERE / "shell.sh").read_bytes()),
         "bin/net": Entry(stat.S_IFREG | 0o755, (_HERE / "net.sh").read_bytes()),
+        "bin/number": Entry(stat.S_IFREG | 0o755, (_HERE / "number.sh").read_bytes()),
         "bin/busybox": Entry(stat.S_IFREG | 0o755, busybox.read_bytes()),
     }
     order: list[str] = []

@@ -43,6 +43,15 @@ class Publisher:
         shutil.copytree(self.folder, folder)
         return folder
 
+    def in_waves(self, folder: Path, version: str, *waves: str) -> Path:
+        """A copy of the repository in which a release is for some hosts first: each wave is SHARE@TIME."""
+        _release(self.copy(folder), "waves", version, *(word for wave in waves for word in ("--wave", wave)))
+        return folder
+
     def _do(self, *words: str) -> None:
-        keys = Layout.from_environment().keys
-        run([sys.executable, "-m", "signing", "--repository", self.folder, "--keys", keys, *words])
+        _release(self.folder, *words)
+
+
+def _release(folder: Path, *words: str) -> None:
+    keys = Layout.from_environment().keys
+    run([sys.executable, "-m", "signing", "--repository", folder, "--keys", keys, *words])

@@ -57,13 +57,10 @@ def build(
     return Built(version, there.release_folder, there.build)
 
 
-def build_hollow(
-    name: str, version: str, *, change: Change | None = None, keys: Path | None = None, root_hash: str = ""
-) -> Built:
+def build_hollow(name: str, version: str, *, change: Change | None = None, keys: Path | None = None) -> Built:
     """Make a properly signed release with next to nothing in its root, out of parts of the built image; in seconds.
 
-    Arguments: as for build(); ``root_hash`` is of another root, which its UKI is to start instead.
-    Raises: what the steps of build_image raise.
+    Arguments: as for build(). Raises: what the steps of build_image raise.
     """
     layout = Layout.from_environment()
     there = replace(layout, repository=_copy_sources(layout, name, change), version=version)
@@ -84,7 +81,7 @@ def build_hollow(
     renamed = re.sub(r"^IMAGE_VERSION=.*$", f'IMAGE_VERSION="{version}"', stated, flags=re.MULTILINE)
     (there.root / "usr/lib/os-release").write_text(renamed)
     slot = make_slot(there, key_set)
-    make_uki(there, key_set, root_hash or slot.root_hash, there.uki)
+    make_uki(there, key_set, slot.root_hash, there.uki)
     (there.release_folder / "uki.efi").hardlink_to(there.uki)
     write_manifest(there, slot, key_set)
     return Built(version, there.release_folder, there.build)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,6 +28,7 @@ from tests.harness.updates import Updates, slot
 from tests.harness.waiting import poll
 from tests.host.conftest import RUNNING, Guests
 from vmm.process import run
+from vmm.update import choice
 
 PAYLOAD_SHARE = 0.15
 """A patch release costs at most this share of the whole payload on the wire."""
@@ -93,6 +97,81 @@ def test_a_release_is_taken_kept_and_left_again(
     assert updates.api.call("GET", "/v1/volumes/steady-disk")["name"] == "steady-disk"
 
 
+_APPLIED = "/run/holdfast/config.json"
+_DROP_IN = "/run/systemd/system/holdfast-core.service.d"
+_PROGRAM = "/run/hasty.py"
+_HASTY = b"""\
+from vmm.core import autoupdate
+autoupdate._FIRST_S = autoupdate._FIRST_SPREAD_S = 0
+autoupdate._TICK_S = 1
+import vmm.core.__main__
+"""
+"""Core that takes its first turn at once, and one each second; else the first comes within half an hour."""
+
+
+@pytest.mark.long
+@pytest.mark.sfr("FPT_TUD_EXT.1", "FMT_MOF_EXT.1", "FAU_GEN.1")
+def test_an_automatic_host_takes_a_release_in_its_wave_and_window(
+    updates: Updates, host: Host, offered: Publisher, workdir: Path
+) -> None:
+    """By itself, hour by hour: not before its wave; then it is brought, but written and started in the window only.
+
+    Nobody waits for nothing to happen: that it looks for releases again shows that it had no other thing to do.
+    """
+    start = int(time.time())
+
+    def at(hours: float, form: str) -> str:
+        return time.strftime(form, time.gmtime(start + hours * 3600))
+
+    def set_clock(hours: float) -> None:
+        host.agent.python("import time; time.clock_settime(time.CLOCK_REALTIME, argument)", start + hours * 3600)
+
+    def looked() -> list[Any]:
+        return [r for r in updates.outcomes("update.check") if r["actor"]["id"] == "holdfast"]
+
+    def look(begin: Callable[[], object]) -> Any:
+        """Have something happen upon which it looks for releases; the record of that."""
+        seen = len(looked())
+        begin()
+        return poll(lambda: looked()[seen:], 60 * host.acceleration.scale, "it looks for releases", interval=2)[0]
+
+    place = choice.place(host.agent.read("/etc/machine-id").decode().strip(), "0.1.1")
+    form = "%Y-%m-%dT%H:%M:%SZ"
+    waves = f"{place}@{at(-1, form)}", f"100@{at(3, form)}"
+    repository = offered.in_waves(workdir / "repository", "0.1.1", *waves)
+    applied = json.loads(host.agent.read(_APPLIED))
+    window = f"{at(6, '%H:%M')}-{at(8, '%H:%M')}"
+    applied["update"] |= {"automatic": True, "interval_hours": 1, "window": window}
+    host.agent.write(_APPLIED, json.dumps(applied).encode())
+    host.agent.exec(["mkdir", "-p", _DROP_IN])
+    host.agent.write(_PROGRAM, _HASTY)
+    hasty = f"[Service]\nExecStart=\nExecStart=/usr/bin/python3 -I {_PROGRAM}\n"
+    host.agent.write(f"{_DROP_IN}/test.conf", hasty.encode())
+    host.agent.exec(["systemctl", "daemon-reload"])
+    with host.serve(repository):
+        set_clock(0)
+        first = look(lambda: host.agent.exec(["systemctl", "restart", "holdfast-core.service"], seconds=60))
+        assert (first["outcome"], first["extra"]["version"]) == ("success", ""), first
+        assert "0.1.1 is not yet rolled out to this host" in str(first["extra"]["passed_over"])
+
+        assert look(lambda: set_clock(3.5))["extra"]["version"] == "0.1.1"
+        poll(lambda: updates.status()["staged"], 240 * host.acceleration.scale, "it is brought", interval=2)
+        look(lambda: set_clock(5))
+        status = updates.ended("check")
+        assert (status["phase"], status["staged"], slot(status, "b")["state"]) == ("staged", "0.1.1", "empty")
+        assert updates.records("update.apply") == []
+
+        set_clock(6.5)
+        # It writes and goes.
+        host.wait_reset(300)
+    shutil.rmtree(repository)
+    host.wait_ready(updates.admin, 120)
+    after = updates.settled()
+    assert (after["running"], slot(after, "b")["state"]) == ("0.1.1", "running")
+    for kind in ("update.download", "update.apply", "host.reboot"):
+        assert {r["actor"]["id"] for r in updates.records(kind)} == {"holdfast"}, kind
+
+
 @pytest.fixture(scope="session")
 def without_core(built_image: Image) -> releases.Built:
     """A release whose core does not start; its gate is also less patient, so that the test need not be."""
@@ -148,13 +227,16 @@ def test_a_release_whose_service_does_not_start_goes_back_with_the_reason(
 def test_a_power_cut_leaves_whole_systems(
     booted: Checkpoint, clients: dict[str, Identity], next_release: releases.Built, workdir: Path, kind: Kind
 ) -> None:
-    """A sample of `make faults`: a cut at a random moment, read from outside; then the host completes the update."""
+    """A sample of `make faults`: a cut at a random moment, read from outside; then the host completes the update.
+
+    A guest writes meanwhile (but on a trial), and all that it was told to be on its disk is there.
+    """
     update = Update(booted, clients["admin"], next_release)
     one = Cut.any(kind, random.SystemRandom())
-    with cut(update, one, workdir / "cut") as (host, found):
+    with cut(update, one, workdir / "cut", writing=True) as (host, found):
         print(f"{one}: {found}")
         assert not found.broken
-        assert complete(update, host) == ""
+        assert complete(update, host, found) == ""
 
 
 @pytest.fixture(scope="session")

@@ -121,7 +121,7 @@ def test_sticks_that_are_refused(updates: Updates, host: Host, stick: Path) -> N
 def test_a_release_is_taken_from_an_upload(updates: Updates, repositories: Path, workdir: Path) -> None:
     """Through the API, as `holdfast update import` does it. Half a bundle is refused, and the one before it stays.
 
-    No server is there. That what was imported is also written and started is shown with the stick.
+    No server is there.
     """
     good = Forgery(repositories / "origin", repositories / "good")
     good.release("0.1.9")
@@ -142,6 +142,27 @@ def test_a_release_is_taken_from_an_upload(updates: Updates, repositories: Path,
     assert updates.do("check", source="bundle")["available"] == "0.1.9"
     assert updates.do("download")["staged"] == "0.1.9"
     assert updates.outcomes("update.download")[-1]["extra"]["source"] == "bundle"
+
+
+@pytest.mark.long
+@pytest.mark.sfr("FPT_TUD_EXT.1", "FAU_GEN.1")
+def test_an_uploaded_release_is_written_and_kept(updates: Updates, offered: Publisher, workdir: Path) -> None:
+    """From the upload to the next version, of which only what this host needs was brought: the root as a delta."""
+    folder = offered.folder / "targets/holdfast_0.1.1"
+    needed = [f"targets/{folder.name}/{f.name}" for f in sorted(folder.iterdir()) if not f.name.endswith(".root.zst")]
+    assert len(needed) < len(list(folder.iterdir()))
+    bundle = make_bundle(offered.folder, workdir / "release.bundle", "metadata", *needed)
+    updates.api.call("PUT", "/v1/update/bundle", bundle.read_bytes(), seconds=120)
+    bundle.unlink()
+    assert updates.do("check", source="bundle")["available"] == "0.1.1"
+    assert updates.do("download")["staged"] == "0.1.1"
+    (record,) = updates.outcomes("update.download")
+    assert {part["part"]: part["base"] for part in record["extra"]["parts"]}["root"] == "0.1.0", record
+    updates.do("apply")
+    updates.reboot()
+    after = updates.settled()
+    assert (after["running"], slot(after, "b")["state"], slot(after, "a")["state"]) == ("0.1.1", "running", "good")
+    assert updates.records("update.bless")[-1]["object"]["id"] == "0.1.1"
 
 
 def test_a_stick_with_the_running_image_is_not_taken_for_the_system_disk(

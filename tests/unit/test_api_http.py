@@ -14,6 +14,8 @@ from vmm.api.app import MAX_BODY
 from vmm.api.routes import ROUTES, Route
 from vmm.errors import Conflict
 
+WANTED = {name: name[0] for name in ("from", "until", "type", "actor", "machine", "outcome", "phase", "request")}
+CHOSEN = "&".join(f"{name}={value}" for name, value in WANTED.items())
 CALLS: list[tuple[str, str, Any, str, dict[str, Any], int]] = [
     ("GET", "/v1/version", None, "version.read", {}, 200),
     ("GET", "/v1/health", None, "health.read", {}, 200),
@@ -30,6 +32,7 @@ CALLS: list[tuple[str, str, Any, str, dict[str, Any], int]] = [
     ("POST", "/v1/machines/m1/stop?timeout=9", None, "machine.stop", {"name": "m1", "timeout": 9}, 200),
     ("POST", "/v1/machines/m1/force-off", None, "machine.force-off", {"name": "m1"}, 200),
     ("GET", "/v1/audit?after=5&limit=10", None, "audit.read", {"after": 5, "limit": 10}, 200),
+    ("GET", f"/v1/audit?{CHOSEN}&before=9&order=g", None, "audit.read", WANTED | {"before": 9, "order": "g"}, 200),
     ("GET", "/v1/audit/status", None, "audit.status", {}, 200),
     ("POST", "/v1/audit/purge", {"before": 7}, "audit.purge", {"before": 7}, 200),
     ("POST", "/v1/audit/anchor", None, "audit.anchor", {}, 200),

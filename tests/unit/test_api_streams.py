@@ -255,3 +255,113 @@ def test_stopping_closes_consoles_and_ends_sessions(tmp_path: Path) -> None:
             assert [entry["type"] for entry in api.entries] == ["session.start", "session.end"]
 
     asyncio.run(check())
+
+
+async def one_follower(_: wire.Request, channel: wire.Channel) -> Any:
+    """Sends two records and a heartbeat, and waits until the API goes away."""
+    for payload in (b"", b'{"seq":1}\n{"seq":2}\n', b"\n"):
+        await channel.send(Kind.DATA, payload)
+    await channel.gone()
+    raise ConnectionError
+
+
+def test_following_passes_on_what_comes_until_the_client_goes(tmp_path: Path) -> None:
+    gone: list[bool] = []
+
+    async def core(request: wire.Request, channel: wire.Channel) -> Any:
+        try:
+            await one_follower(request, channel)
+        finally:
+            gone.append(True)
+
+    async def check() -> None:
+        async with rig(tmp_path) as api, api.client() as client:
+            api.core = core
+            for polite in (True, False):
+                answer = await client.get("/v1/audit/follow?after=5&type=machine.&from=x")
+                assert (answer.status, answer.content_type) == (200, "application/jsonl")
+                assert answer.headers["Cache-Control"] == "no-store"
+                assert [await answer.content.readline() for _ in range(3)] == [b'{"seq":1}\n', b'{"seq":2}\n', b"\n"]
+                assert api.calls[-1].params["args"] == {"after": 5, "type": "machine.", "from": "x"}
+                assert not gone and len(api.daemon._api.followers) == 1
+                assert answer.connection is not None and answer.connection.transport is not None
+                answer.close() if polite else answer.connection.transport.abort()
+                await api.until(lambda: gone == [True] and not api.daemon._api.followers)
+                gone.clear()
+
+    asyncio.run(check())
+
+
+def test_a_follower_that_core_ends_sees_no_whole_answer(tmp_path: Path) -> None:
+    async def ends(_: wire.Request, channel: wire.Channel) -> Any:
+        await channel.send(Kind.DATA, b'{"seq":1}\n')
+        return {}
+
+    async def fails(_: wire.Request, channel: wire.Channel) -> Any:
+        await channel.send(Kind.DATA, b'{"seq":1}\n')
+        raise Conflict("no")
+
+    async def check() -> None:
+        async with rig(tmp_path) as api, api.client() as client:
+            for core in (ends, fails):
+                api.core = core
+                answer = await client.get("/v1/audit/follow")
+                with pytest.raises(aiohttp.ClientError):
+                    await answer.read()
+            assert not api.daemon._api.followers
+
+    asyncio.run(check())
+
+
+def test_whoever_may_not_follow_is_told_why(tmp_path: Path) -> None:
+    async def core(_: wire.Request, __: wire.Channel) -> Any:
+        error = Conflict("too many followers")
+        error.code, error.status = "too-many-requests", 429
+        raise error
+
+    async def check() -> None:
+        async with rig(tmp_path) as api, api.client() as client:
+            api.core = core
+            answer = await client.get("/v1/audit/follow")
+            assert (answer.status, (await answer.json())["type"]) == (429, "urn:holdfast:problem:too-many-requests")
+            assert (await client.get("/v1/audit/follow?limit=3")).status == 400
+
+    asyncio.run(check())
+
+
+def test_a_client_that_takes_nothing_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "STALL", 0.2)
+    ended: list[bool] = []
+
+    async def core(_: wire.Request, channel: wire.Channel) -> Any:
+        try:
+            while True:
+                await channel.send(Kind.DATA, b"x" * 500_000 + b"\n")
+        finally:
+            ended.append(True)
+
+    async def check() -> None:
+        async with rig(tmp_path) as api:
+            api.core = core
+            reader, writer = await api.raw()
+            writer.write(b"GET /v1/audit/follow HTTP/1.1\r\nHost: x\r\n\r\n")
+            await writer.drain()
+            writer.transport.pause_reading()  # type: ignore[attr-defined]
+            await api.until(lambda: ended == [True])
+            writer.transport.abort()
+            assert reader
+
+    asyncio.run(check())
+
+
+def test_followers_do_not_hold_up_the_end_of_the_service(tmp_path: Path) -> None:
+    async def check() -> None:
+        async with rig(tmp_path) as api, api.client() as client:
+            api.core = one_follower
+            answer = await client.get("/v1/audit/follow")
+            async with asyncio.timeout(4):
+                await api.daemon.stop()
+            with pytest.raises(aiohttp.ClientError):
+                await answer.read()
+
+    asyncio.run(check())

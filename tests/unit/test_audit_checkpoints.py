@@ -16,8 +16,9 @@ from vmm.audit import store as store_module
 from vmm.audit.checkpoint import Checkpoint, Proof
 from vmm.audit.client import AuditClient
 from vmm.audit.events import EVENTS
+from vmm.audit.journal import Journal
 from vmm.audit.records import Entry, Producer
-from vmm.audit.server import Journal, Service
+from vmm.audit.server import Service
 from vmm.audit.store import Store
 from vmm.errors import Forbidden, Unavailable
 

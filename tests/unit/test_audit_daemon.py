@@ -25,9 +25,10 @@ from vmm.audit.anchor import Anchor, SoftwareAnchor
 from vmm.audit.checkpoint import Proof
 from vmm.audit.client import AuditClient, Entry
 from vmm.audit.events import EVENTS
+from vmm.audit.journal import Journal
 from vmm.audit.records import Producer, Record, parse
 from vmm.audit.registry import Unit
-from vmm.audit.server import PRODUCERS, Journal, Service
+from vmm.audit.server import PRODUCERS, Service
 from vmm.audit.store import Store
 from vmm.errors import Forbidden, NotFound, Unavailable, UserError
 from vmm.process import spawn
@@ -61,8 +62,7 @@ def daemon(root: Path) -> Iterator[int]:
 
 
 def records(root: Path) -> list[tuple[str, str, str]]:
-    lines = [line for file in verify.segments(root / "var/lib/holdfast-audit") for line in verify.lines(file)]
-    return [(r.type, r.phase, r.reason) for r in map(parse, lines)]
+    return [(r.type, r.phase, r.reason) for r in stored(root / "var/lib/holdfast-audit")]
 
 
 def client(root: Path) -> AuditClient:
@@ -83,6 +83,7 @@ def test_no_acknowledged_record_is_lost_by_kill(tmp_path: Path) -> None:
             # So many more than before, and a moment on, so that the kill meets the daemon at anything.
             enough = len(acknowledged) + 8 * kill
             while len(acknowledged) < enough:
+                assert not any(worker.done() for worker in workers), "a caller was turned away by a daemon that lives"
                 await asyncio.sleep(0.001)
             await asyncio.sleep(0.0004 * kill)
             os.kill(pid, signal.SIGKILL)
@@ -201,8 +202,7 @@ def test_whoever_follows_the_trail_hears_of_a_record_at_once(tmp_path: Path) -> 
             assert not any(task.done() for task in followers)
             for request in ("a", "b"):
                 await audit.append(Entry(type=EVENT, request=request))
-            pages = [await task for task in followers]
-            assert [page["records"][0]["request"] for page in pages] == ["a", "a", "b"]
+            assert [(await task)["records"][0]["request"] for task in followers] == ["a", "a", "b"]
             with pytest.raises(UserError, match="wait"):
                 await audit.read(0, 10, wait=31)
         committing.cancel()

@@ -23,11 +23,12 @@ from vmm.audit import spare, verify
 from vmm.audit import store as store_module
 from vmm.audit.client import AuditClient
 from vmm.audit.events import EVENTS
+from vmm.audit.journal import Journal
 from vmm.audit.records import Actor, Entry, Producer
 from vmm.audit.registry import Unit
 from vmm.audit.retention import Memory
 from vmm.audit.rule import Rule
-from vmm.audit.server import Journal, Service
+from vmm.audit.server import Service
 from vmm.audit.store import Store
 from vmm.errors import Forbidden, Unavailable, UserError
 

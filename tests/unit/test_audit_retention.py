@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from vmm.audit import files, retention, verify
+from vmm.audit import files, retention, search, verify
 from vmm.audit import rule as rule_module
 from vmm.audit import segments as segments_module
 from vmm.audit import store as store_module
@@ -356,13 +356,13 @@ def test_readers_and_a_removal_do_not_meet(tmp_path: Path, monkeypatch: pytest.M
     real = verify.lines
     armed = [True]
 
-    def lines(path: Path) -> Any:
+    def lines(path: Path, offset: int = 0) -> Any:
         if armed and int(path.stem) == there[1]:
             armed.clear()
             store.purge(there[3], "")
-        return real(path)
+        return real(path, offset)
 
-    monkeypatch.setattr(segments_module, "lines", lines)
+    monkeypatch.setattr(search, "lines", lines)
     page = store.read(0, 100)
     assert parse(page.records[0] + b"\n").seq == there[3]
     verify.segments(tmp_path)[0].unlink()
@@ -382,9 +382,9 @@ def test_a_damaged_segment_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             store.purge(before, "")
     assert firsts(tmp_path) == there and store.append([Draft(Entry(type="machine.unknown"), CORE)])
 
-    def fails(path: Path) -> Any:
+    def fails(path: Path, offset: int = 0) -> Any:
         raise OSError(errno.EIO, "Input/output error", str(path))
 
-    monkeypatch.setattr(segments_module, "lines", fails)
+    monkeypatch.setattr(search, "lines", fails)
     with pytest.raises(Unavailable, match=f"failed: .*{there[0]:020d}.log: Input/output error"):
         store.read(0, 10)

@@ -15,7 +15,7 @@ from vmm.audit import store as store_module
 from vmm.audit import verify
 from vmm.audit.opening import interrupted_entry
 from vmm.audit.records import Actor, Entry, Object, Producer, canonical, check, digest, parse
-from vmm.audit.segments import Page
+from vmm.audit.search import Page
 from vmm.audit.store import MAX_BATCH, Draft, Store
 from vmm.errors import Unavailable, UserError
 
@@ -176,7 +176,7 @@ def test_segments_follow_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         page = store.read(after, 4)
         assert [parse(line + b"\n").seq for line in page.records] == list(range(after + 1, min(after + 5, 22)))
         assert page.next == (after + 4 if after + 4 < 21 else None)
-    assert store.read(21, 4) == Page([], None)
+    assert store.read(21, 4) == Page([], None, 21)
     report = verify.verify_directory(tmp_path, head=store.end[1])
     assert (report.records, report.first, report.last, report.problem) == (21, 1, 21, None)
     store.close()

@@ -20,6 +20,7 @@ from vmm.audit import verify
 from vmm.audit.checkpoint import Checkpoint
 from vmm.audit.keeping import Purge
 from vmm.audit.records import CHECKPOINT, GENESIS, Entry, canonical, digest, parse
+from vmm.audit.span import Span
 from vmm.audit.store import Draft, Store
 from vmm.errors import UserError
 
@@ -28,19 +29,21 @@ __all__ = ["tcti"]
 pytestmark = pytest.mark.sfr("FAU_STG.1")
 
 
-def rechained(lines: Sequence[bytes]) -> list[bytes]:
+def rechained(lines: Sequence[bytes], first: int = 1, before: str = GENESIS) -> list[bytes]:
     """The lines numbered and linked anew, as whoever can write the store would do."""
     made: list[bytes] = []
-    for number, line in enumerate(lines, 1):
-        prev = digest(made[-1]) if made else GENESIS
+    for number, line in enumerate(lines, first):
+        prev = digest(made[-1]) if made else before
         made.append(canonical(msgspec.structs.replace(parse(line), seq=number, prev=prev)))
     return made
 
 
-def verified(lines: Sequence[bytes], folder: Path, known: Checkpoint | None = None) -> verify.Report:
+def verified(
+    lines: Sequence[bytes], folder: Path, known: Checkpoint | None = None, span: Span | None = None
+) -> verify.Report:
     file = folder / "export"
     file.write_bytes(b"".join(lines))
-    return verify.verify_file(file, known=known)
+    return verify.verify_file(file, known=known, span=span)
 
 
 def changed(line: bytes) -> bytes:

@@ -48,6 +48,9 @@ ANYTIME = update(window=None)
         (NIGHT, {}, update(automatic=False), IDLE, None),
         (NIGHT, {"check": NIGHT - HOURS}, UPDATE, IDLE, "check"),
         (NIGHT, {"check": NIGHT - HOURS + timedelta(seconds=1)}, UPDATE, IDLE, None),
+        # The clock was set back: by a little, by a lot.
+        (NIGHT, {"check": NIGHT + timedelta(minutes=5)}, UPDATE, IDLE, None),
+        (NIGHT, {"check": NIGHT + timedelta(days=900)}, UPDATE, IDLE, "check"),
         # Downloads disturb nobody.
         (NIGHT, CHECKED, UPDATE, FOUND, "download"),
         (DAY, {"check": DAY}, UPDATE, FOUND, "download"),

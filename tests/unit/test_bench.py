@@ -7,10 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
+from elftools.elf.elffile import ELFFile
 
 from tests.bench.figures import Figure, document, median, ratio, table
 from tests.bench.guests import order, plain_arguments
 from tests.bench.timeline import Boot, Watch, boot_figures, seconds, startup
+from tests.bench.updates import ALTER
 from tests.harness.waiting import poll
 
 # -- what systemd and the serial console say ---------------------------------------------------------------------------
@@ -139,3 +141,20 @@ def test_plain_qemu_opens_itself_what_libvirt_hands_over() -> None:
                                "script": "no", "downscript": "no"}),
         "-sandbox", "on,obsolete=deny",
     ]  # fmt: skip
+
+
+# -- a package that was changed ----------------------------------------------------------------------------------------
+
+
+def test_all_code_of_a_package_is_changed_and_it_is_still_a_library(tmp_path: Path) -> None:
+    folder = Path("usr/lib/x86_64-linux-gnu")
+    (tmp_path / folder).mkdir(parents=True)
+    for name in ("libcrypto.so.3", "libssl.so.3"):
+        (tmp_path / folder / name).write_bytes(Path("/", folder, name).read_bytes())
+    exec(ALTER, {"ROOT": tmp_path})  # noqa: S102 - as image/finalize does
+    for name in ("libcrypto.so.3", "libssl.so.3"):
+        with Path("/", folder, name).open("rb") as before, (tmp_path / folder / name).open("rb") as after:
+            sections = zip(ELFFile(before).iter_sections(), ELFFile(after).iter_sections(), strict=True)
+            for old, new in sections:
+                same = old.header == new.header and old.data() == new.data()
+                assert same != (old.name in (".text", ".init", ".fini", ".plt", ".plt.got", ".plt.sec")), old.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import pytest
 
 from tests.unit.test_audit_checkpoints import checkpoints, trail
 from tests.unit.test_audit_daemon import LocalAnchor
+from tests.unit.test_audit_search import Clock
 from tests.unit.test_cli_rig import FakeApi, holdfast
 from vmm.audit.records import GENESIS, canonical, digest
+from vmm.cli.main import UNREACHABLE_EXIT_CODE
 from vmm.errors import UserError
 
 Capture = pytest.CaptureFixture[str]
@@ -99,7 +102,8 @@ def test_audit_lines_for_people(api: FakeApi, capsys: Capture) -> None:
     capsys.readouterr()
     holdfast("audit", "list", "--after", "2")
     assert capsys.readouterr().out == (
-        '3 2026-11-23T04:05:06.123456Z alice@10.0.2.2:4711 note start machine web: ümläut ?[2J [a={"b":3,"y":2} z=1]\n'
+        '3 2026-11-23T04:05:06.123456Z alice@10.0.2.2:4711 note start machine web: ümläut '
+        '\\u001b[2J [a={"b":3,"y":2} z=1]\n'
     )
 
 
@@ -149,8 +153,8 @@ def test_a_purge_says_what_went(api: FakeApi, capsys: Capture) -> None:
     api.answers["/v1/audit/purge"] = (200, {"first": 1, "last": 500, "lost": 20})
     for given, sent in (
         ("501", 501),
-        ("2026-11-23", "2026-11-23T00:00:00Z"),
-        ("2026-11-23T04:05:06+01:00", "2026-11-23T04:05:06+01:00"),
+        ("2026-11-23", "2026-11-23T00:00:00.000000Z"),
+        ("2026-11-23T04:05:06+01:00", "2026-11-23T03:05:06.000000Z"),
     ):
         capsys.readouterr()
         holdfast("audit", "purge", given, "--yes")
@@ -172,3 +176,124 @@ def test_an_export_says_where_it_begins(api: FakeApi, capsys: Capture, tmp_path:
     capsys.readouterr()
     holdfast("audit", "export", str(tmp_path / "export"))
     assert capsys.readouterr().out.startswith("records 5 to 10, anchored")
+def printed(capsys: Capture, *arguments: str) -> list[int]:
+    """The numbers of the records that a command prints."""
+    capsys.readouterr()
+    holdfast("audit", *arguments, "--json")
+    return [json.loads(line)["seq"] for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.mark.sfr("FAU_SAR.1")
+def test_the_last_ones_and_the_newest_first(api: FakeApi, capsys: Capture) -> None:
+    api.records = records(5)
+    assert printed(capsys, "list", "--last", "3") == [3, 4, 5]
+    assert printed(capsys, "list", "--last", "3", "--reverse") == [5, 4, 3]
+    assert printed(capsys, "list", "--last", "9", "--after", "3") == [4, 5]
+    assert printed(capsys, "list", "--reverse") == [5, 4, 3, 2, 1]
+    assert printed(capsys, "list", "--last", "0") == []
+
+
+@pytest.mark.sfr("FAU_SAR.1")
+def test_what_is_chosen_is_asked_of_the_host(api: FakeApi, capsys: Capture) -> None:
+    api.records = records(3)
+    chosen = ["--type", "machine.", "--actor", "alice", "--machine", "web", "--outcome", "success", "--phase", "event"]
+    assert printed(capsys, "list", *chosen) == [1, 2, 3]
+    assert printed(capsys, "list", *chosen[:4], "--machine", "db") == []
+    assert printed(capsys, "list", "--from", "2026-11-23 04:05:06", "--until", "2026-11-23T05:05:07+01:00") == [1, 2, 3]
+    assert printed(capsys, "list", "--until", "2026-11-23") == []
+    assert "from=2026-11-23T04:05:06.000000Z&until=2026-11-23T04:05:07.000000Z&after=2" in api.paths()[-2]
+    for wrong in ("yesterday", "2026-13-01", "5w", "2026-11-23T04:05:06Q"):
+        with pytest.raises(UserError, match="not a time"):
+            holdfast("audit", "list", "--from", wrong)
+    with pytest.raises(UserError, match="there is no time from"):
+        holdfast("audit", "list", "--from", "1h", "--until", "2h")
+
+
+@pytest.mark.sfr("FAU_SAR.1")
+def test_following_prints_what_comes_and_says_how_to_go_on(api: FakeApi, capsys: Capture) -> None:
+    api.records = records(4)
+    capsys.readouterr()
+    assert holdfast("audit", "follow", "--json", "--after", "1", "--type", "machine.") == UNREACHABLE_EXIT_CODE
+    said = capsys.readouterr()
+    assert [json.loads(line)["seq"] for line in said.out.splitlines()] == [2, 3, 4]
+    assert "hint: `--after 4` goes on from here" in said.err
+    assert api.paths()[-1] == "GET /v1/audit/follow?type=machine.&after=1"
+    api.answers["/v1/audit/follow"] = (429, "too many followers")
+    with pytest.raises(UserError, match="too many followers"):
+        holdfast("audit", "follow")
+
+
+@pytest.mark.sfr("FAU_SAR.1")
+def test_every_field_is_shown_and_none_steers_the_terminal(
+    api: FakeApi, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hostile = "\x1b]0;title\x07\x9b31m\u202eok\r\nforged line\x7f\u2028 \N{GRINNING FACE}\U000e0041"
+    record = json.loads(records(1)[0]) | {"reason": hostile, "request": "r" * 40, "later": [hostile]}
+    record["actor"]["id"] = record["extra"][hostile] = hostile
+    api.records = [canonical(record).rstrip(b"\n")]
+    for arguments in ((), ("--full",)):
+        capsys.readouterr()
+        holdfast("audit", "list", *arguments)
+        shown = capsys.readouterr().out
+        assert all(c.isprintable() or c == "\n" for c in shown)
+        assert len(shown.splitlines()) == (1 + 23 if arguments else 1)
+        assert r"\u001b]0;title\u0007\u009b31m\u202eok" in shown and r"\udb40\udc41" in shown
+    for name in ("actor.id", "actor.origin", "actor.role", "boot", "extra.a.b", "object.kind", "prev", "producer.uid"):
+        assert f"    {name} " in shown, name
+    assert f"  {record['prev']}\n" in shown and f"  {record['request']}\n" in shown
+    # JSON is exact for programs, and equal but escaped on a terminal.
+    for terminal in (False, True):
+        monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)  # noqa: B023
+        holdfast("audit", "list", "--json")
+        said = capsys.readouterr().out
+        assert json.loads(said) == record
+        assert (said.encode() == canonical(record)) != terminal
+        assert "\x9b" not in said or not terminal
+
+
+def timed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """The lines of a trail of three rounds, a second apart from midnight on."""
+    monkeypatch.setattr(datetime, "datetime", Clock)
+    Clock.at = datetime.datetime(2026, 11, 23, tzinfo=datetime.UTC)
+    lines = trail(folder / "store", LocalAnchor(folder / "anchor"))
+    monkeypatch.undo()
+    return lines
+
+
+@pytest.mark.sfr("FAU_STG.1")
+def test_a_time_is_exported_with_its_proof(api: FakeApi, capsys: Capture, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        lines = timed(tmp_path, patch)
+    api.records = [line.rstrip(b"\n") for line in lines]
+    api.answers["/v1/audit/anchor"] = (200, msgspec.to_builtins(checkpoints(tmp_path / "store")[-1]))
+    known, file = tmp_path / "known.json", tmp_path / "part"
+    known.write_bytes(msgspec.json.encode(checkpoints(tmp_path / "store")[-1]))
+    times = [json.loads(line)["time"] for line in lines]
+    bounds = ["--from", times[3], "--until", times[5]]
+    holdfast("audit", "export", str(file), *bounds)
+    # One before, records 4 and 5, one behind, and on to the checkpoint that covers it.
+    assert file.read_bytes() == b"".join(lines[2:7])
+    capsys.readouterr()
+    holdfast("audit", "verify", str(file), "--known", str(known), *bounds)
+    said = capsys.readouterr().out
+    assert "5 records, 3 to 7, unbroken" in said
+    assert f"all records from {times[3]} and before {times[5]} are in here" in said
+    assert f"what came before record 3 is not in here; hash of the last of it: {digest(lines[1])}" in said
+    # Without its bounds it is a trail that was cut short, to who knows of more.
+    with pytest.raises(UserError, match="truncation"):
+        holdfast("audit", "verify", str(file), "--known", str(known))
+    for wrong in ((times[2], times[5]), (times[3], times[6]), (times[0], times[1])):
+        with pytest.raises(UserError, match="truncation: not all records from"):
+            holdfast("audit", "verify", str(file), "--known", str(known), "--from", wrong[0], "--until", wrong[1])
+    for arguments, says in (
+        (("--from", "2027-01-01"), "there are no records from 2027"),
+        (("--until", "2027-01-01"), "the trail does not reach until 2027"),
+        (("--until", "2026-11-24", "--after", "3"), "do not go with"),
+    ):
+        with pytest.raises(UserError, match=says):
+            holdfast("audit", "export", str(tmp_path / "none"), *arguments)
+    assert not (tmp_path / "none").exists()
+    holdfast("audit", "export", str(tmp_path / "rest"), "--from", times[4])
+    holdfast("audit", "verify", str(tmp_path / "rest"), "--known", str(known), "--from", times[4])
+    holdfast("audit", "export", str(tmp_path / "start"), "--until", times[2])
+    assert (tmp_path / "start").read_bytes() == b"".join(lines[:4])

@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from aiohttp import WSMsgType, web
 
 from tests.unit.test_config_rig import document, key_and_certificate
+from vmm.audit.search import Finder, Query
 from vmm.cli import identity, main
 from vmm.cli.settings import directory
 
@@ -66,6 +68,7 @@ class FakeApi:
     turns: dict[str, list[Any]] = field(default_factory=dict)
     early: set[str] = field(default_factory=set)
     records: list[bytes] = field(default_factory=list)
+    trail: Path = Path()
     typed: bytes = b""
 
     def paths(self) -> list[str]:
@@ -88,17 +91,37 @@ class FakeApi:
         if path.endswith("/console") and path not in self.answers:
             return await self._console(request)
         if path == "/v1/audit":
-            after = int(request.query["after"])
-            page = [record for record in self.records if json.loads(record)["seq"] > after][:2]
-            following = json.loads(page[-1])["seq"] if page and page[-1] != self.records[-1] else None
-            text = b'{"records":[%s],"next":%s}' % (b",".join(page), json.dumps(following).encode())
-            return web.Response(body=text, content_type="application/json")
+            return self._audit(request)
+        if path == "/v1/audit/follow" and path not in self.answers:
+            return await self._follow(request)
         if turns := self.turns.get(f"{request.method} {path}"):
             return web.json_response(turns.pop(0))
         status, content = self.answers.get(path, (404, "no such thing"))
         if status >= 400:
             return self._problem(status, content)
         return web.Response(status=204) if status == 204 else web.json_response(content, status=status)
+
+    def _audit(self, request: web.Request) -> web.Response:
+        """As the audit daemon answers, two records a page."""
+        self.trail.write_bytes(b"".join(record + b"\n" for record in self.records))
+        query = msgspec.convert(dict(request.query), Query, strict=False)
+        numbers = [json.loads(record)["seq"] for record in self.records] or [1]
+        limited = msgspec.structs.replace(query, limit=min(query.limit, 2))
+        page = Finder().page(limited, [(numbers[0], self.trail)], numbers[-1] if self.records else 0)
+        text = b'{"records":[%s],"next":%s}' % (b",".join(page.records), json.dumps(page.next).encode())
+        return web.Response(body=text, content_type="application/json")
+
+    async def _follow(self, request: web.Request) -> web.StreamResponse:
+        """All records behind what is asked for, in pieces that fit nothing, and no end."""
+        response = web.StreamResponse()
+        await response.prepare(request)
+        lines = [record for record in self.records if json.loads(record)["seq"] > int(request.query.get("after", 0))]
+        content = b"\n".join([b"", *lines, b""])
+        for start in range(0, len(content), 100):
+            await response.write(content[start : start + 100])
+        assert request.transport is not None
+        request.transport.close()
+        return response
 
     def _problem(self, status: int, detail: str) -> web.Response:
         content = {
@@ -139,7 +162,7 @@ def fake_api(folder: Path, *, maximum: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) 
         context.verify_mode = ssl.CERT_OPTIONAL
         context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
         context.load_verify_locations(client)
-    api = FakeApi(fingerprint=hashlib.sha256(ssl.PEM_cert_to_DER_cert(certificate)).hexdigest())
+    api = FakeApi(fingerprint=hashlib.sha256(ssl.PEM_cert_to_DER_cert(certificate)).hexdigest(), trail=folder / "trail")
     loop = asyncio.new_event_loop()
     application = web.Application(client_max_size=64 << 20)
     application.router.add_route("*", "/{path:.*}", api.handle)

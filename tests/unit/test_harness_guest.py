@@ -10,6 +10,7 @@ import pytest
 
 from image.builder.efidisk import find_esp, make_efi_disk
 from image.builder.probe import PROBE_READY, build_probe_application, build_probe_disk
+from tests.faults.guest import _COUNT
 from tests.guest.initrd import Entry, build_initrd, cpio
 from tests.guest.linux import GuestSources, build_linux_disk
 from vmm.errors import UserError
@@ -72,3 +73,34 @@ def test_missing_parts_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="busybox is missing") as caught:
         build_initrd(tmp_path / "initrd", tmp_path, tmp_path / "busybox")
     assert caught.value.hint == "install busybox-static"
+
+
+def test_the_guest_numbers_its_disk_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    """As busybox has it, which is all that the guest has."""
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(1 << 20))
+    script = Path("tests/guest/number.sh")
+    for count, after in ((3, 3), (2, 5)):
+        said = run(["busybox", "sh", script, disk, str(count)]).stdout
+        assert said == "".join(f"HOLDFAST-GUEST WROTE {n}\n" for n in range(after - count + 1, after + 1))
+    content = disk.read_bytes()
+    assert len(content) == 1 << 20
+    for number in range(1, 6):
+        assert content[(number - 1) * 4096 :][:4096] == f"{number}\n".encode().ljust(4096, b"\0")
+    assert not content[5 * 4096 :].strip(b"\0")
+
+
+def test_what_cannot_be_written_is_not_said_to_be(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.touch()
+    done = run(["prlimit", "--fsize=8192", "busybox", "sh", "tests/guest/number.sh", disk, "3"], check=False)
+    assert done.returncode != 0
+    assert done.stdout == "HOLDFAST-GUEST WROTE 1\nHOLDFAST-GUEST WROTE 2\n"
+
+
+def test_what_the_host_counts_is_what_the_guest_wrote(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.write_bytes(b"".join(f"{n}\n".encode().ljust(4096, b"\0") for n in (1, 2, 3, 5)))
+    names: dict[str, object] = {"argument": str(disk)}
+    exec(_COUNT, names)  # noqa: S102 - as the agent does
+    assert names["result"] == 3

@@ -19,7 +19,7 @@ from vmm.api import answers
 from vmm.api.answers import HttpError
 from vmm.api.connection import Connection
 from vmm.api.routes import BANNER, ROUTES, Route
-from vmm.api.streams import console, upload
+from vmm.api.streams import console, follow, upload
 from vmm.audit.client import Actor, Entry
 from vmm.audit.throttle import Throttle
 from vmm.errors import UserError
@@ -39,6 +39,7 @@ class Api:
         """Arguments: core's socket; where requests without certificate are reported; the text before any login."""
         self.banner = banner
         self.consoles: set[web.WebSocketResponse] = set()
+        self.followers: set[Connection] = set()
         self._core = core
         self.strangers = strangers
         self.application = web.Application(middlewares=[self._guard], client_max_size=MAX_BODY)
@@ -102,6 +103,9 @@ class Api:
                     raise HttpError(426, "a console is a WebSocket", hint="use `holdfast vm console`")
                 async with await wire.open_call(self._core, route.method, params) as channel:
                     return await console(request, channel, request[_ID], self.consoles)
+            if route.kind == "follow":
+                async with await wire.open_call(self._core, route.method, params) as channel:
+                    return await follow(request, channel, request[_ID], self.followers)
             if route.kind == "upload":
                 async with await wire.open_call(self._core, route.method, params) as channel:
                     result = await upload(request, channel)

@@ -96,6 +96,8 @@ class Daemon:
         await self.listener.stop()
         for console in list(self._api.consoles):
             await console.close(code=WSCloseCode.GOING_AWAY, message=b"the service is stopping")
+        for follower in list(self._api.followers):
+            follower.force_close()
         await self._runner.cleanup()
         await self.listener.drain(_STOP_TIME)
         await self._api.strangers.close()

@@ -15,7 +15,8 @@ class Route:
     """One call of the API.
 
     ``query`` names the query parameters it takes; a ``body`` is a JSON object. Both, and the names in the path,
-    become the core method's arguments. ``upload`` streams the body, ``console`` becomes a WebSocket.
+    become the core method's arguments. ``upload`` streams the body, ``follow`` the answer, ``console`` becomes a
+    WebSocket.
     """
 
     verb: str
@@ -24,8 +25,11 @@ class Route:
     status: int = 200
     query: Mapping[str, type[int] | type[str]] = field(default_factory=dict)
     body: bool = False
-    kind: Literal["call", "upload", "console"] = "call"
+    kind: Literal["call", "upload", "console", "follow"] = "call"
 
+
+_WANTED = dict.fromkeys(("from", "until", "type", "actor", "machine", "outcome", "phase", "request"), str)
+"""What a record of the trail may be chosen by: the fields of vmm.audit.search.Filter."""
 
 ROUTES = (
     Route("GET", "/v1/version", "version.read"),
@@ -44,7 +48,11 @@ ROUTES = (
     Route("POST", "/v1/machines/{name}/stop", "machine.stop", query={"timeout": int}),
     Route("POST", "/v1/machines/{name}/force-off", "machine.force-off"),
     Route("GET", "/v1/machines/{name}/console", "machine.console", 101, kind="console"),
-    Route("GET", "/v1/audit", "audit.read", query={"after": int, "limit": int}),
+    Route(
+        *("GET", "/v1/audit", "audit.read"),
+        query=_WANTED | {"after": int, "before": int, "limit": int, "order": str},
+    ),
+    Route("GET", "/v1/audit/follow", "audit.follow", query=_WANTED | {"after": int}, kind="follow"),
     Route("GET", "/v1/audit/status", "audit.status"),
     Route("POST", "/v1/audit/purge", "audit.purge", body=True),
     Route("POST", "/v1/audit/anchor", "audit.anchor"),

@@ -1,16 +1,18 @@
-"""The two calls that carry more than a request and a result: upload of a volume, and a machine's console."""
+"""The calls that carry more than a request and a result: uploads, a machine's console, following the audit trail."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 from collections.abc import Coroutine
-from typing import Any
+from socket import IPPROTO_TCP, TCP_USER_TIMEOUT
+from typing import Any, cast
 
 import msgspec
 from aiohttp import WSCloseCode, WSMsgType, web
 
 from vmm.api.answers import HttpError, headers
+from vmm.api.connection import Connection
 from vmm.errors import Unavailable
 from vmm.wire import Channel, Kind, Problem, ProtocolError, error_of
 
@@ -19,6 +21,8 @@ STALL = 60.0
 _CHUNK = 256 << 10
 _HEARTBEAT = 30.0
 _GRACE = 2.0
+_VANISHED = 30.0
+"""Seconds for which what was sent to a follower may stay unconfirmed."""
 
 
 async def upload(request: web.Request, channel: Channel) -> Any:
@@ -80,14 +84,7 @@ async def console(
     Arguments: ``open_sockets`` holds the socket meanwhile, so that it can be closed from outside.
     Raises: UserError as core answered instead of opening the console, before the upgrade.
     """
-    try:
-        kind, payload = await channel.receive()
-    except ProtocolError as broken:
-        raise Unavailable(f"the core service: {broken}") from None
-    if kind is Kind.PROBLEM:
-        raise error_of(msgspec.json.decode(payload, type=Problem))
-    if kind is not Kind.DATA:
-        raise Unavailable(f"the core service answered with {kind.name}")
+    payload = await _begun(channel)
     socket = web.WebSocketResponse(heartbeat=_HEARTBEAT, max_msg_size=1 << 20, compress=False)
     socket.headers.update(headers(request_id))
     await socket.prepare(request)
@@ -140,3 +137,66 @@ async def _to_guest(channel: Channel, socket: web.WebSocketResponse) -> None:
                 break
             await channel.send_data(message.data)
         await channel.send(Kind.END)
+
+
+async def follow(
+    request: web.Request, channel: Channel, request_id: str, open_connections: set[Connection]
+) -> web.StreamResponse:
+    """Answer with what core sends, as it comes, until either side ends it.
+
+    An end that is not the client's own breaks the answer off, so that it looks like no whole one.
+
+    Arguments: ``open_connections`` holds the connection meanwhile, so that it can be closed from outside.
+    Raises: UserError as core answered instead, before the answer begins.
+    """
+    payload: bytes | None = await _begun(channel)
+    connection = cast(Connection, request.protocol)
+    response = web.StreamResponse(headers=headers(request_id))
+    response.content_type = "application/jsonl"
+    await response.prepare(request)
+    if request.transport is not None:
+        # Of a client that vanished nothing would be heard for a quarter of an hour.
+        connected = request.transport.get_extra_info("socket")
+        connected.setsockopt(IPPROTO_TCP, TCP_USER_TIMEOUT, int(1000 * _VANISHED))
+    open_connections.add(connection)
+    try:
+        while payload is not None:
+            async with asyncio.timeout(STALL):
+                await response.write(payload)
+            payload = await _next(channel, connection.closed)
+    except (ConnectionError, TimeoutError):
+        pass
+    finally:
+        open_connections.discard(connection)
+        if request.transport is not None:
+            request.transport.abort()
+    return response
+
+
+async def _next(channel: Channel, closed: asyncio.Future[None]) -> bytes | None:
+    """The next of what core sends; None when there is no more, or the client has gone."""
+    receiving = asyncio.create_task(channel.receive())
+    try:
+        await asyncio.wait((receiving, closed), return_when=asyncio.FIRST_COMPLETED)
+        if not receiving.done():
+            return None
+        kind, payload = receiving.result()
+        return payload if kind is Kind.DATA else None
+    except ProtocolError:
+        return None
+    finally:
+        receiving.cancel()
+        await asyncio.gather(receiving, return_exceptions=True)
+
+
+async def _begun(channel: Channel) -> bytes:
+    """Core's first data frame. Raises: UserError as core answered instead."""
+    try:
+        kind, payload = await channel.receive()
+    except ProtocolError as broken:
+        raise Unavailable(f"the core service: {broken}") from None
+    if kind is Kind.PROBLEM:
+        raise error_of(msgspec.json.decode(payload, type=Problem))
+    if kind is not Kind.DATA:
+        raise Unavailable(f"the core service answered with {kind.name}")
+    return payload

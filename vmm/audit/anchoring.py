@@ -14,8 +14,8 @@ import msgspec
 
 from vmm import wire
 from vmm.audit.checkpoint import Checkpoint, Proof, Statement
+from vmm.audit.journal import Journal
 from vmm.audit.records import CHECKPOINT, Entry, Producer
-from vmm.audit.store import Store
 from vmm.errors import Unavailable, UserError
 from vmm.paths import ANCHOR_SOCKET
 
@@ -61,17 +61,6 @@ class AnchorClient:
                 return await wire.call(self._path, method, params)
         except (TimeoutError, ConnectionError):
             raise Unavailable("the anchor does not answer") from None
-
-
-class Journal(Protocol):
-    """What is needed of the daemon's journal. ``sealed`` is set whenever a segment was begun."""
-
-    store: Store
-    sealed: asyncio.Event
-
-    async def append(self, entry: Entry, producer: Producer) -> int:
-        """Raises: Unavailable."""
-        ...
 
 
 class Checkpoints:

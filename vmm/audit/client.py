@@ -11,6 +11,7 @@ import msgspec
 from vmm import wire
 from vmm.audit.records import Actor, Entry, Object
 from vmm.audit.rule import Rule
+from vmm.audit.search import Query
 from vmm.errors import Unavailable, UserError
 from vmm.paths import AUDIT_SOCKET
 
@@ -65,14 +66,19 @@ class AuditClient:
             return False
 
     async def read(self, after: int, limit: int, wait: float = 0.0) -> dict[str, Any]:
-        """Read up to ``limit`` records with sequence numbers above ``after``.
+        """Read up to ``limit`` records with sequence numbers above ``after``; see search()."""
+        return await self.search(Query(after=after, limit=limit), wait)
+
+    async def search(self, query: Query, wait: float = 0.0) -> dict[str, Any]:
+        """Read the records that are wanted, a page of them.
 
         Whoever follows the trail waits up to ``wait`` seconds (at most 30) for one; without news there are none.
-        Returns: ``{"records": [...], "next": seq or None}``; pass ``next`` as ``after`` for the
-        following page, which may come before ``limit`` is reached when records are large.
+        Returns: ``{"records": [...], "next": seq or None, "reached": seq}``; pass ``next`` as ``after`` (``before``
+        with the newest first) for the following page, which may come before ``limit`` is reached when records are
+        large, and may be empty when few are wanted; wait for new ones with ``reached`` as ``after``.
         Raises: Unavailable; Forbidden for users that may not read the trail.
         """
-        wanted = {"after": after, "limit": limit, "wait": wait}
+        wanted = {"after": query.after, "limit": query.limit, "wait": wait} | msgspec.to_builtins(query)
         result: dict[str, Any] = await self._call("read", wanted, at_least=wait + self._timeout)
         return result
 

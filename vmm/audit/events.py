@@ -209,6 +209,7 @@ _OF_CORE = (
     read("health.read", "show health", "Somebody asks whether the host is sound."),
     read("config.read", "show configuration", "Somebody reads the configuration."),
     read("audit.read", "read audit trail", "Somebody reads records."),
+    change("audit.follow", "follow audit trail", "Somebody is to be sent records as they come, until the outcome."),
     read("audit.status", "show state of audit store", "Somebody asks how much the trail holds and may hold."),
     change(
         "audit.purge",

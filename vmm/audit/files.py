@@ -44,6 +44,15 @@ def promise(descriptor: int, size: int) -> None:
             raise
 
 
+def reserve(path: Path, size: int) -> None:
+    """Make a file of ``size`` bytes that others cannot have. Raises: OSError when there is no room."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    finally:
+        os.close(descriptor)
+
+
 def protect(path: Path) -> None:
     """Have the kernel refuse every change of a segment's content, root's included, and check what it reads of it.
 

@@ -8,20 +8,17 @@ import asyncio
 import contextlib
 import datetime
 import sys
-from collections.abc import Callable
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import Annotated, Any
 
 import msgspec
 
+from vmm.audit.journal import Journal
 from vmm.audit.records import RULE, Entry, Producer
 from vmm.audit.rule import Rule
-from vmm.audit.store import Store
 from vmm.errors import Unavailable, UserError
 
 INTERVAL_S = 3600.0
 """Between two looks for what is too old."""
-
-_T = TypeVar("_T")
 
 
 class Exported(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -35,21 +32,6 @@ class Purge(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     before: Annotated[str, msgspec.Meta(max_length=40)] | Annotated[int, msgspec.Meta(ge=1, le=(1 << 63) - 1)]
     request: Annotated[str, msgspec.Meta(max_length=64)] = ""
-
-
-class Journal(Protocol):
-    """What is needed of the daemon's journal. ``ended`` is set whenever a segment ended."""
-
-    store: Store
-    ended: asyncio.Event
-
-    async def append(self, entry: Entry, producer: Producer) -> int:
-        """Raises: Unavailable."""
-        ...
-
-    async def between(self, work: Callable[[], _T]) -> _T:
-        """Do something with the store while nothing is written to it."""
-        ...
 
 
 class Keeping:

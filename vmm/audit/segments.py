@@ -8,24 +8,15 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 from vmm.audit import files
 from vmm.audit.records import Record, parse
+from vmm.audit.search import Finder, Page, Query
 from vmm.audit.verify import SEGMENT_NAME, lines
 from vmm.errors import Unavailable
 
-MAX_PAGE_BYTES = 512 << 10
-"""Bytes of one page of records; a page has to fit into a frame of vmm.wire on its way to the API."""
 KEPT = 2
 """The newest ones, which always stay: a start verifies them, and the newest checkpoint stands in one of them."""
-
-
-class Page(NamedTuple):
-    """Some records as stored (without newline), and the number after which the next page starts."""
-
-    records: list[bytes]
-    next: int | None
 
 
 class Segments:
@@ -40,6 +31,7 @@ class Segments:
         self._directory = directory
         self._firsts = [int(file.stem) for file in found]
         self._protected: set[int] = set()
+        self._finder = Finder()
         self.ended = sum(file.stat().st_size for file in found[:-1])
         self.unprotected = ""
 
@@ -81,29 +73,18 @@ class Segments:
         for first in firsts[max(bisect_right(firsts, seq) - 1, 0) :]:
             yield from islice(lines(self.path(first)), max(seq - first, 0), None)
 
-    def read(self, after: int, last: int, limit: int) -> Page:
-        """The records behind ``after`` that are there, up to ``last``; see Store.read(). Raises: Unavailable."""
+    def search(self, query: Query, last: int) -> Page:
+        """A page of the wanted records that are there, up to ``last``; not from two threads. Raises: Unavailable."""
         while True:
-            begin = self.first
+            firsts = self._firsts
             try:
-                return self._read(max(after + 1, begin), last, limit)
+                return self._finder.page(query, [(first, self.path(first)) for first in firsts], last)
             except FileNotFoundError as error:
                 # One that was removed meanwhile, or else stolen.
-                if self.first == begin:
+                if self.first == firsts[0]:
                     raise Unavailable(f"the audit store is damaged: {error.filename} is missing") from None
             except OSError as error:
                 raise Unavailable(f"the audit store failed: {error.filename}: {error.strerror}") from None
-
-    def _read(self, begin: int, last: int, limit: int) -> Page:
-        found: list[bytes] = []
-        size = 0
-        for line in self.lines_from(begin):
-            if len(found) >= limit or size + len(line) > MAX_PAGE_BYTES or begin + len(found) > last:
-                break
-            found.append(line[:-1])
-            size += len(line)
-        reached = begin + len(found) - 1
-        return Page(found, reached if found and reached < last else None)
 
     def newest_record(self, wanted: Callable[[Record], bool], type_: str, most: int) -> Record | None:
         """The newest record of a type that is wanted, among those of the newest segments, ``most`` of them."""

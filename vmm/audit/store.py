@@ -18,7 +18,8 @@ from vmm.audit.clock import clock
 from vmm.audit.opening import cut_torn_line, verified_end
 from vmm.audit.records import CHECKPOINT, FULL, START, STOP, Clock, Entry, Producer, Record, canonical, digest, parse
 from vmm.audit.retention import Cause, Removed
-from vmm.audit.segments import Page, Segments
+from vmm.audit.search import Page, Query
+from vmm.audit.segments import Segments
 from vmm.audit.verify import segments
 from vmm.errors import Unavailable
 
@@ -145,12 +146,15 @@ class Store:
         raise _Full
 
     def read(self, after: int, limit: int) -> Page:
-        """The stored records with numbers above ``after``, at most ``limit`` and about half a megabyte.
+        """The stored records with numbers above ``after``, at most ``limit``; see search()."""
+        return self.search(Query(after=after, limit=limit))
 
-        Where those that follow were removed, it begins with the oldest that is left.
-        Raises: Unavailable when the disk fails.
+    def search(self, query: Query) -> Page:
+        """A page of the stored records that are wanted; not from two threads at once.
+
+        Those that were removed are none: it begins with the oldest that is left. Raises: Unavailable.
         """
-        return self.segments.read(after, self.end[0], limit)
+        return self.segments.search(query, self.end[0])
 
     def open_intents(self) -> Iterator[Record]:
         """The intents without an outcome.
@@ -373,11 +377,7 @@ class Store:
     def _take_reserve(self) -> bool:
         """Hold back the space in which a full store can still be reported; False if there is none."""
         try:
-            descriptor = os.open(self._directory / "reserve", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                os.posix_fallocate(descriptor, 0, RESERVE_BYTES)
-            finally:
-                os.close(descriptor)
+            files.reserve(self._directory / "reserve", RESERVE_BYTES)
         except OSError as error:
             if error.errno not in _NO_SPACE:
                 raise Unavailable(f"the audit store failed: {error.strerror}") from None

@@ -1,19 +1,20 @@
-"""`holdfast audit`: read, anchor, export and purge the audit trail, and verify a copy of it anywhere."""
+"""`holdfast audit`: read, follow, anchor, export and purge the audit trail, and verify a copy of it anywhere."""
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import sys
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal, get_args
 
 import msgspec
 
 from vmm.audit.checkpoint import Checkpoint
-from vmm.audit.records import CHECKPOINT, canonical
+from vmm.audit.records import CHECKPOINT, Outcome, Phase, canonical
 from vmm.audit.rule import Rule
-from vmm.audit.text import line
+from vmm.audit.span import Span, add_span, add_times, asked, moment
+from vmm.audit.text import line, whole
 from vmm.audit.verify import add_arguments, verified
 from vmm.cli.client import Api, decoded
 from vmm.cli.command import Commands, add, group, remotely
@@ -21,11 +22,15 @@ from vmm.cli.output import clean, confirm, human_size, print_fields, print_json
 from vmm.errors import UserError
 
 _PAGE = 1000
-_POLL_S = 2.0
+_AUDIT = "/v1/audit"
+_CHOICES = ("type", "actor", "machine", "outcome", "phase", "request")
+
+Record = dict[str, Any]
+Query = Mapping[str, str | int]
 
 
 class _Page(msgspec.Struct, frozen=True):
-    records: tuple[dict[str, Any], ...]
+    records: tuple[Record, ...]
     next: int | None = None
 
 
@@ -58,24 +63,100 @@ def register(commands: Commands) -> None:
         verbs, "list", "print audit records; with --json one record a line, fit for `audit verify`", remotely(_list)
     )
     parser.add_argument("--after", type=int, default=0, metavar="N", help="only records with a number above N")
-    parser.add_argument("--follow", action="store_true", help="wait for more until interrupted")
+    parser.add_argument("--last", type=int, metavar="COUNT", help="only the last so many")
+    parser.add_argument("--reverse", action="store_true", help="the newest first")
+    add_times(parser)
+    _add_choices(parser)
+    parser = add(verbs, "follow", "print audit records as they come, until interrupted", remotely(_follow))
+    parser.add_argument("--after", type=int, metavar="N", help="begin behind record N, not with the next that comes")
+    _add_choices(parser)
+    parser.set_defaults(since="", until="")
     add(verbs, "status", "show how much the trail holds, and what is kept", remotely(_status))
     parser = add(verbs, "purge", "delete the oldest records, for auditors only", remotely(_purge))
     parser.add_argument(
-        "before", help="time (2026-11-23 or 2026-11-23T04:05:06Z) or number; segments with later records stay whole"
+        "before", help="number, or time (UTC), as 2026-11-23 or 90d for 90 days ago; segments with later records stay"
     )
     parser.add_argument("--yes", action="store_true", help="do not ask")
     add(verbs, "anchor", "have the trail anchored and print the checkpoint, for `verify --known`", remotely(_anchor))
     parser = add(verbs, "export", "write records to a file that can be verified by itself", remotely(_export))
     parser.add_argument("file", type=Path, help="made, and not there yet")
-    parser.add_argument("--after", type=int, default=0, metavar="N", help="only records with a number above N")
-    parser.add_argument("--to", type=int, metavar="N", help="up to record N, and on to the checkpoint that covers it")
+    add_span(parser)
     parser = add(verbs, "verify", "check an export or a copy of the store, and say how far it is anchored", _verify)
     add_arguments(parser)
 
 
+def _add_choices(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--type", help="of this type, or with a dot at its end, as machine., of all that begin so")
+    parser.add_argument("--actor", help="by this name, or the SHA-256 of this certificate")
+    parser.add_argument("--machine", help="about the machine of this name or UUID")
+    parser.add_argument("--outcome", choices=get_args(Outcome))
+    parser.add_argument("--phase", choices=get_args(Phase))
+    parser.add_argument("--request", help="of the request whose identifier begins so; a line of the list ends with it")
+    parser.add_argument("--full", action="store_true", help="print every field of each record")
+
+
+def _query(args: argparse.Namespace, span: Span) -> dict[str, str | int]:
+    chosen = {"from": span.since, "until": span.until} | {name: getattr(args, name) for name in _CHOICES}
+    return {name: value for name, value in chosen.items() if value}
+
+
+async def _list(api: Api, args: argparse.Namespace) -> None:
+    args.to = None
+    query = _query(args, asked(args))
+    if args.last is None:
+        async for record in _records(api, query, args.after, "newest" if args.reverse else "oldest"):
+            _print(record, args)
+        return
+    last = []
+    async for record in _records(api, query, args.after, "newest", most=args.last):
+        last.append(record)
+    for record in last if args.reverse else reversed(last):
+        _print(record, args)
+
+
+async def _records(
+    api: Api, query: Query, after: int, order: Literal["oldest", "newest"], most: int | None = None
+) -> AsyncIterator[Record]:
+    """The wanted records page by page, which may be empty ones; at most so many."""
+    place = "after" if order == "oldest" else "before"
+    asked: dict[str, str | int] = {**query, "after": after, "limit": _PAGE}
+    if order != "oldest":
+        asked["order"] = order
+    while most is None or most > 0:
+        if most is not None:
+            asked["limit"] = min(most, _PAGE)
+        _, page = await api.get(_AUDIT, _Page, query=asked)
+        for record in page.records:
+            yield record
+        if page.next is None:
+            return
+        asked[place] = page.next
+        most = None if most is None else most - len(page.records)
+
+
+async def _follow(api: Api, args: argparse.Namespace) -> None:
+    query = _query(args, Span())
+    if args.after is not None:
+        query["after"] = args.after
+    seen = args.after
+    try:
+        async for raw in api.lines(f"{_AUDIT}/follow", query):
+            record = decoded(raw, Record)
+            _print(record, args)
+            seen = record["seq"]
+    except UserError as error:
+        hint = f"`--after {seen}` goes on from here" if seen is not None else error.hint
+        raise type(error)(error.message, hint=hint) from None
+
+
+def _print(record: Record, args: argparse.Namespace) -> None:
+    if args.json:
+        # The canonical form, byte for byte: keys sorted, no blanks.
+        print_json(canonical(record))
+    else:
+        print(whole(record) if args.full else line(record), flush=True)
 async def _status(api: Api, args: argparse.Namespace) -> None:
-    raw, status = await api.get("/v1/audit/status", _Status)
+    raw, status = await api.get(f"{_AUDIT}/status", _Status)
     if args.json:
         print_json(raw)
         return
@@ -96,15 +177,11 @@ async def _status(api: Api, args: argparse.Namespace) -> None:
 
 
 async def _purge(api: Api, args: argparse.Namespace) -> None:
-    before: str | int = args.before
-    if args.before.isdecimal():
-        before = int(args.before)
-    elif "T" not in args.before:
-        before = f"{args.before}T00:00:00Z"
+    before = int(args.before) if args.before.isdecimal() else moment(args.before)
     question = f"{api.name} deletes its audit records from before {before}, for good. Go on?"
     if not args.yes and sys.stdin.isatty() and not confirm(question):
         raise UserError("nothing was done")
-    raw = await api.request("POST", "/v1/audit/purge", body={"before": before})
+    raw = await api.request("POST", f"{_AUDIT}/purge", body={"before": before})
     gone = decoded(raw, _Purged)
     if args.json:
         print_json(raw)
@@ -115,18 +192,19 @@ async def _purge(api: Api, args: argparse.Namespace) -> None:
 
 
 async def _anchor(api: Api, args: argparse.Namespace) -> None:
-    print_json(await api.request("POST", "/v1/audit/anchor"))
+    print_json(await api.request("POST", f"{_AUDIT}/anchor"))
 
 
 async def _export(api: Api, args: argparse.Namespace) -> None:
-    checkpoint = decoded(await api.request("POST", "/v1/audit/anchor"), Checkpoint)
-    to = checkpoint.covers if args.to is None else args.to
-    if not args.after < to <= checkpoint.covers:
-        raise UserError(f"there are no records {args.after + 1} to {to}", hint=f"the last one is {checkpoint.covers}")
+    span = asked(args)
+    checkpoint = decoded(await api.request("POST", f"{_AUDIT}/anchor"), Checkpoint)
+    after, to = await _numbers(api, span, checkpoint.covers)
+    if not after < to <= checkpoint.covers:
+        raise UserError(f"there are no records {after + 1} to {to}", hint=f"the last one is {checkpoint.covers}")
     try:
         with args.file.open("xb") as file:
             try:
-                first, last = await _write(api, file, args.after, to)
+                first, last = await _write(api, file, after, to)
             except BaseException:
                 # A part would verify as far as it goes, and look like the whole.
                 args.file.unlink()
@@ -136,51 +214,53 @@ async def _export(api: Api, args: argparse.Namespace) -> None:
     print(f"records {first} to {last}, anchored up to record {to} at least")
 
 
+async def _numbers(api: Api, span: Span, covered: int) -> tuple[int, int]:
+    """The records to export: above the first number, up to the second.
+
+    Of a span of time they are one more on either side, which show that no other is of that time.
+    """
+    if not (span.since or span.until):
+        return span.after or 0, covered if span.to is None else span.to
+    if span.after is not None or span.to is not None:
+        raise UserError("--from and --until do not go with --after and --to")
+    query = {name: value for name, value in (("from", span.since), ("until", span.until)) if value}
+    first = [record["seq"] async for record in _records(api, query, 0, "oldest", most=1)]
+    if not first:
+        raise UserError(f"there are no records {span.text()}")
+    after = max(first[0] - 2, 0) if span.since else 0
+    if not span.until:
+        return after, covered
+    (last,) = [record["seq"] async for record in _records(api, query, 0, "newest", most=1)]
+    if last >= covered:
+        raise UserError(f"the trail does not reach until {span.until} yet", hint="leave out --until")
+    return after, last + 1
+
+
 async def _write(api: Api, file: BinaryIO, after: int, to: int) -> tuple[int, int]:
     """Write the records behind ``after`` up to the first checkpoint that covers ``to``; returns the first, the last.
 
     The first is later than wanted where those before it were deleted.
     """
     first = 0
-    while True:
-        _, page = await api.get("/v1/audit", _Page, query={"after": after, "limit": _PAGE})
-        for record in page.records:
-            file.write(canonical(record))
-            after = int(record["seq"])
-            first = first or after
-            if _covers(record) >= to:
-                return first, after
-        if not page.records:
-            raise UserError(f"the trail ends with record {after}, before the checkpoint that covers record {to}")
+    async for record in _records(api, {}, after, "oldest"):
+        number = int(record["seq"])
+        if first and number != after + 1:
+            raise UserError(f"records {after + 1} to {number - 1} were deleted meanwhile", hint="Export once more.")
+        file.write(canonical(record))
+        first, after = first or number, number
+        if _covers(record) >= to:
+            return first, after
+    raise UserError(f"the trail ends with record {after}, before the checkpoint that covers record {to}")
 
 
-def _covers(record: dict[str, Any]) -> int:
+def _covers(record: Record) -> int:
     if record.get("type") != CHECKPOINT or record.get("outcome") != "success":
         return 0
     return msgspec.convert(record.get("extra"), Checkpoint).covers
 
 
-async def _list(api: Api, args: argparse.Namespace) -> None:
-    after: int = args.after
-    while True:
-        _, page = await api.get("/v1/audit", _Page, query={"after": after, "limit": _PAGE})
-        for record in page.records:
-            if args.json:
-                # The canonical form, byte for byte: keys sorted, no blanks.
-                print_json(msgspec.json.encode(record, order="sorted"))
-            else:
-                print(clean(line(record)).replace("\n", " "), flush=True)
-            after = int(record["seq"])
-        if page.next is not None:
-            after = page.next
-        else:
-            if not args.follow:
-                return
-            await asyncio.sleep(_POLL_S)
-
-
 def _verify(args: argparse.Namespace) -> None:
-    report = verified(args.path, prev=args.prev, head=args.head, known=args.known)
+    report = verified(args)
     if args.json:
         print_json(msgspec.json.encode(report))
     else:

@@ -26,6 +26,8 @@ DEFAULT_PORT = 8443
 _CONNECT_TIMEOUT_S = 15
 # A stop may wait for a guest for minutes, a conversion too.
 _ANSWER_TIMEOUT_S = 1800
+# Whoever streams lines sends an empty one every ten seconds.
+_SILENCE_TIMEOUT_S = 45
 _CHUNK = 1 << 20
 _MAX_CONSOLE_MESSAGE = 4 << 20
 
@@ -182,6 +184,25 @@ class Api:
             return await self._send("PUT", path, data=chunks(), headers=headers, query=query)
         finally:
             progress.end()
+
+    async def lines(self, path: str, query: Mapping[str, str | int]) -> AsyncIterator[bytes]:
+        """GET what the host sends line by line, for as long as it does; empty lines are left out.
+
+        Raises: UserError as the API answered it; Unreachable when the host ends it, or is not heard of any more.
+        """
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S, sock_read=_SILENCE_TIMEOUT_S)
+        try:
+            async with self._session.get(
+                path, params=query, ssl=self._tls, allow_redirects=False, timeout=timeout
+            ) as answer:
+                if answer.status != 200:
+                    raise self._problem(answer.status, await answer.read())
+                async for line in answer.content:
+                    if line := line.strip():
+                        yield line
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise self._unreachable(error) from None
+        raise Unreachable(f"{self._remote.url} sends no more")
 
     async def websocket(self, path: str) -> aiohttp.ClientWebSocketResponse:
         """Open a WebSocket. Raises: UserError; Unreachable."""

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from vmm.errors import UserError
+from vmm.errors import UserError, printable
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE = re.compile(r"([0-9]{1,15})(?:([KMGT])(?:i?B)?)?", re.IGNORECASE)
@@ -58,8 +58,9 @@ def print_fields(fields: Sequence[tuple[str, str]]) -> None:
 
 
 def print_json(raw: bytes) -> None:
-    """Print the API's JSON exactly as it came."""
-    sys.stdout.write(raw.decode() + ("" if raw.endswith(b"\n") else "\n"))
+    """Print the API's JSON exactly as it came; on a terminal, which it must not steer, what does not print escaped."""
+    text = raw.decode()
+    sys.stdout.write((printable(text) if sys.stdout.isatty() else text) + ("" if raw.endswith(b"\n") else "\n"))
 
 
 def confirm(question: str) -> bool:

@@ -104,13 +104,6 @@ class RunProbe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     timeout: Annotated[int, msgspec.Meta(ge=1, le=1800)] = 300
 
 
-class ReadAudit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Up to ``limit`` records with sequence numbers above ``after``."""
-
-    after: Annotated[int, msgspec.Meta(ge=0)] = 0
-    limit: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 100
-
-
 class PurgeAudit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The time (ISO 8601, with its zone) or the number before which records are to go."""
 

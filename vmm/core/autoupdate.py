@@ -41,7 +41,8 @@ def next_step(
     """
 
     def is_due(step: Step) -> bool:
-        return step not in last or now - last[step] >= interval
+        # A clock that ran ahead and was set back must not put everything off until it is there again.
+        return step not in last or abs(now - last[step]) >= interval
 
     if not update.automatic or status.phase in BUSY:
         return None

@@ -13,9 +13,11 @@ import msgspec
 
 from vmm import wire
 from vmm.audit.client import AuditClient
+from vmm.audit.search import Query
 from vmm.core import arguments, version
 from vmm.core.configuration import AppliedConfiguration
 from vmm.core.dispatch import Call, Method
+from vmm.core.follow import Follow, Followers
 from vmm.core.health import Health
 from vmm.core.recovery import Recovery
 from vmm.errors import NotFound
@@ -43,6 +45,7 @@ class Handlers:
         self._audit = audit
         self._health = health
         self._recovery = recovery
+        self._followers = Followers(audit)
 
     def table(self) -> dict[str, Method]:
         """Name → method. A name that permissions.json does not have can be called by nobody."""
@@ -64,7 +67,8 @@ class Handlers:
             "machine.stop": Method(a.Stop, self._stop_machine, "change", "machine"),
             "machine.force-off": Method(a.Named, self._force_off_machine, "change", "machine"),
             "machine.console": Method(a.Named, self._console, "change", "machine", lasts=True),
-            "audit.read": Method(a.ReadAudit, self._read_audit, "read", ""),
+            "audit.read": Method(Query, self._read_audit, "read", ""),
+            "audit.follow": Method(Follow, self._followers.follow, "change", "", lasts=True),
             "audit.status": Method(a.Nothing, self._audit_status, "read", ""),
             "audit.purge": Method(a.PurgeAudit, self._purge_audit, "change", ""),
             "audit.anchor": Method(a.Nothing, self._anchor_audit, "change", ""),
@@ -154,8 +158,8 @@ class Handlers:
             await console.close()
         return {}
 
-    async def _read_audit(self, args: arguments.ReadAudit, _call: Call) -> Any:
-        return await self._audit.read(args.after, args.limit)
+    async def _read_audit(self, query: Query, _call: Call) -> Any:
+        return await self._audit.search(query)
 
     async def _audit_status(self, _args: arguments.Nothing, _call: Call) -> Any:
         return await self._audit.status()
