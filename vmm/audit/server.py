@@ -8,7 +8,9 @@ import os
 import pwd
 import signal
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -17,6 +19,7 @@ import msgspec
 from vmm import wire
 from vmm.audit.anchoring import Anchor, AnchorClient, Checkpoints
 from vmm.audit.events import EVENTS
+from vmm.audit.operations import Operations
 from vmm.audit.records import REFUSED, START, STOP, Actor, Entry, Producer, check
 from vmm.audit.registry import Unit
 from vmm.audit.store import MAX_BATCH, Draft, Store, interrupted_entry, recovered_entry
@@ -32,11 +35,14 @@ UNIT: Unit = "holdfast-audit"
 PRODUCERS: Mapping[str, Unit] = {
     "holdfast-api": "holdfast-api",
     "holdfast-core": "holdfast-core",
+    "holdfast-kernel": "holdfast-kernel",
     # All that run as root: the configure step, the updater, the gate.
     "root": "holdfast-host",
 }
 """User → the producer that its processes are. What each may write stands in vmm.audit.events."""
 READERS = ("holdfast-core", "root")
+JOINERS: frozenset[Unit] = frozenset({"holdfast-kernel"})
+"""Who may ask which operation was under way, besides readers."""
 _RETRY = 5.0
 """Seconds between attempts to begin while the store is full."""
 _MOST_REASON = 1000
@@ -51,6 +57,14 @@ class Read(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     after: Annotated[int, msgspec.Meta(ge=0)] = 0
     limit: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 100
+
+
+class Wanted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Parameters of ``operation``: an object's id, types of calls, and a time (milliseconds, UTC)."""
+
+    object: Annotated[str, msgspec.Meta(max_length=64)]
+    types: Annotated[list[str], msgspec.Meta(max_length=16)]
+    time: int
 
 
 class Journal:
@@ -121,6 +135,7 @@ class Service:
         self._about = dict(about or {})
         # One for each producer and one for all others, so that none can have another's refusals left out.
         self._refusals: dict[Unit | None, Throttle] = {}
+        self._operations = Operations()
         self._open = False
 
     async def open(self) -> bool:
@@ -135,6 +150,9 @@ class Service:
                 store.recovered = None
             for intent in await asyncio.to_thread(lambda: list(store.open_intents())):
                 await self._journal.append(interrupted_entry(intent), self._own)
+                if intent.boot == store.boot:
+                    # Whoever acted may act on: only the daemon was gone.
+                    self._operations.note(intent, datetime.fromisoformat(intent.time).timestamp())
             await self._journal.append(Entry(type=START, extra=self._about), self._own)
         except Unavailable as error:
             print(f"audit: {error.message}; no record is taken until there is room", file=sys.stderr, flush=True)
@@ -176,6 +194,11 @@ class Service:
                 wanted = _convert(request.params, Read)
                 page = await asyncio.to_thread(self._journal.store.read, wanted.after, wanted.limit)
                 return {"records": [msgspec.Raw(line) for line in page.records], "next": page.next}
+            case "operation" if uid not in self._readers and self._producers.get(uid) not in JOINERS:
+                raise self._refused(request, uid, Forbidden(f"uid {uid} may not ask for operations"))
+            case "operation":
+                asked = _convert(request.params, Wanted)
+                return {"request": self._operations.find(asked.object, asked.types, asked.time / 1000)}
             case "health":
                 seq, head = self._journal.store.end
                 newest = self.checkpoints.newest
@@ -201,7 +224,9 @@ class Service:
             raise self._refused(request, uid, error) from None
         if not self._open:
             raise Unavailable("the audit daemon takes no records: it is stopping, or the store is full")
-        return await self._journal.append(entry, Producer(uid, unit))
+        number = await self._journal.append(entry, Producer(uid, unit))
+        self._operations.note(entry, time.time())
+        return number
 
     def _refused(self, request: wire.Request, uid: int, error: UserError) -> UserError:
         """The error to raise. Whoever sent the record is told, and it is kept as text, as far as strangers can be let

@@ -84,7 +84,7 @@ class Store:
         """
         self._directory = directory
         self._producer = producer
-        self._boot = boot
+        self.boot = boot
         self._clock = clock
         self.broken = ""
         self._lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -218,7 +218,7 @@ class Store:
                     **msgspec.structs.asdict(entry),
                     seq=seq,
                     prev=head,
-                    boot=self._boot,
+                    boot=self.boot,
                     time=time,
                     clock=clock,
                     producer=producer,
