@@ -119,7 +119,7 @@ def test_the_reader_is_registered_and_a_quiet_host_is_quiet(admin: Api, trail: T
     assert started["outcome"] == "success" and started["extra"]["rules"] > 5, started
     assert started["producer"] == {"uid": 909, "unit": "holdfast-kernel"}
     # The test agent sets the clock of a host that goes on from a checkpoint.
-    expected = ("kernel.start", "kernel.module", "kernel.time")
+    expected = ("kernel.start", "kernel.module", "kernel.time", "libvirt.control")
     sources = ("kernel.", "libvirt.")
     assert [r for r in records(admin) if r["type"].startswith(sources) and r["type"] not in expected] == []
 
