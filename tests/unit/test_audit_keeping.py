@@ -93,11 +93,13 @@ def test_the_configure_step_sets_the_rule_which_outlasts_the_daemon(tmp_path: Pa
             for wrong in ({"when_full": "burn"}, {"keep_mib": 1}, {"keep_days": 0}, {"more": 1}):
                 with pytest.raises(UserError, match="audit: "):
                     await audit._call("rule", wrong)
-        async with daemon(tmp_path) as (_, journal, audit):
+        async with daemon(tmp_path) as (service, journal, audit):
             assert (await audit.status())["rule"] == msgspec.to_builtins(rule)
             with pytest.raises(Forbidden, match="may not call rule"):
                 await audit._call("rule", msgspec.to_builtins(Rule()))
             assert journal.store.memory.rule == rule
+            # The refusal is on record soon after the answer, not before.
+            await service.close()
 
     asyncio.run(run())
     # What is in force anyway is no news, and what was refused is told.

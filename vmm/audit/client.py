@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,11 @@ _PURGE_S = 120.0
 _ANCHOR_S = 60.0
 """A checkpoint that is under way comes first, and a TPM may take its time for each."""
 
-__all__ = ["Actor", "AuditClient", "Entry", "Object", "Rule"]
+__all__ = ["Actor", "AuditClient", "Entry", "Object", "Refused", "Rule"]
+
+
+class Refused(Unavailable):
+    """The audit daemon does not take this record, ever; it keeps what it was as text."""
 
 
 class AuditClient:
@@ -34,14 +39,14 @@ class AuditClient:
     async def append(self, entry: Entry) -> int:
         """Hand in a record and wait until it is on stable storage; returns its sequence number.
 
-        Raises: Unavailable, whatever stopped it: a caller that cannot audit must not act.
+        Raises: Unavailable, whatever stopped it: a caller that cannot audit must not act. (Refused is one, too.)
         """
         try:
             result = await self._call("append", msgspec.to_builtins(entry))
         except Unavailable:
             raise
         except UserError as error:
-            raise Unavailable(f"the audit daemon refused a record: {error.message}", hint=error.hint) from None
+            raise Refused(f"the audit daemon refused a record: {error.message}", hint=error.hint) from None
         return int(result["seq"])
 
     def append_sync(self, entry: Entry) -> int:
@@ -86,6 +91,14 @@ class AuditClient:
         """Have all records so far anchored; the newest checkpoint. Raises: Unavailable; Forbidden as for read()."""
         result: dict[str, Any] = await self._call("checkpoint", {}, at_least=_ANCHOR_S)
         return result
+
+    async def operation(self, object: str, types: Sequence[str], time: int) -> str:
+        """The request of an operation of these types that was under way on an object at a time (milliseconds, UTC).
+
+        Returns: "" when there was none. Raises: Unavailable; Forbidden as for read().
+        """
+        asked = {"object": object, "types": list(types), "time": time}
+        return str((await self._call("operation", asked))["request"])
 
     async def health(self) -> dict[str, Any]:
         """How the daemon stands. Raises: Unavailable.

@@ -8,7 +8,9 @@ import os
 import pwd
 import signal
 import sys
+import time
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -20,6 +22,7 @@ from vmm.audit.events import EVENTS
 from vmm.audit.journal import Journal
 from vmm.audit.keeping import Exported, Keeping, Purge
 from vmm.audit.opening import interrupted_entry, recovered_entry
+from vmm.audit.operations import Operations
 from vmm.audit.records import REFUSED, START, STOP, Actor, Entry, Producer, check
 from vmm.audit.registry import Unit
 from vmm.audit.rule import Rule
@@ -37,6 +40,7 @@ UNIT: Unit = "holdfast-audit"
 PRODUCERS: Mapping[str, Unit] = {
     "holdfast-api": "holdfast-api",
     "holdfast-core": "holdfast-core",
+    "holdfast-kernel": "holdfast-kernel",
     # All that run as root: the configure step, the updater, the gate.
     "root": "holdfast-host",
 }
@@ -44,6 +48,8 @@ PRODUCERS: Mapping[str, Unit] = {
 READERS = ("holdfast-core", "root")
 EXPORTERS = ("holdfast-export",)
 """Who may say what of the trail is known elsewhere."""
+JOINERS: frozenset[Unit] = frozenset({"holdfast-kernel"})
+"""Who may ask which operation was under way, besides readers."""
 _RETRY = 5.0
 """Seconds between attempts to begin while the store is full."""
 _MOST_REASON = 1000
@@ -62,6 +68,14 @@ class Read(Query, frozen=True, forbid_unknown_fields=True):
     """
 
     wait: Annotated[float, msgspec.Meta(ge=0, le=MAX_WAIT)] = 0.0
+
+
+class Wanted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Parameters of ``operation``: an object's id, types of calls, and a time (milliseconds, UTC)."""
+
+    object: Annotated[str, msgspec.Meta(max_length=64)]
+    types: Annotated[list[str], msgspec.Meta(max_length=16)]
+    time: int
 
 
 class Service:
@@ -91,6 +105,7 @@ class Service:
         self._about = dict(about or {})
         # One for each producer and one for all others, so that none can have another's refusals left out.
         self._refusals: dict[Unit | None, Throttle] = {}
+        self._operations = Operations()
         self._open = False
         # Whatever readers ask for, one processor is theirs at most.
         self._searching = asyncio.Lock()
@@ -107,6 +122,9 @@ class Service:
                 store.recovered = None
             for intent in await asyncio.to_thread(lambda: list(store.open_intents())):
                 await self._journal.append(interrupted_entry(intent), self._own)
+                if intent.boot == store.boot:
+                    # Whoever acted may act on: only the daemon was gone.
+                    self._operations.note(intent, datetime.fromisoformat(intent.time).timestamp())
             await self._journal.append(Entry(type=START, extra=self._about), self._own)
         except Unavailable as error:
             print(f"audit: {error.message}; no record is taken until there is room", file=sys.stderr, flush=True)
@@ -159,6 +177,11 @@ class Service:
                     "next": page.next,
                     "reached": page.reached,
                 }
+            case "operation" if uid not in self._readers and self._producers.get(uid) not in JOINERS:
+                raise self._refused(request, uid, Forbidden(f"uid {uid} may not ask for operations"))
+            case "operation":
+                asked = _convert(request.params, Wanted)
+                return {"request": self._operations.find(asked.object, asked.types, asked.time / 1000)}
             case "health":
                 seq, head = self._journal.store.end
                 newest = self.checkpoints.newest
@@ -207,7 +230,9 @@ class Service:
             raise self._refused(request, uid, error) from None
         if not self._open:
             raise Unavailable("the audit daemon takes no records: it is stopping, or the store is full")
-        return await self._journal.append(entry, Producer(uid, unit))
+        number = await self._journal.append(entry, Producer(uid, unit))
+        self._operations.note(entry, time.time())
+        return number
 
     def _refused(self, request: wire.Request, uid: int, error: UserError) -> UserError:
         """The error to raise. Whoever sent the record is told, and it is kept as text, as far as strangers can be let

@@ -75,7 +75,7 @@ class Store:
         """
         self._directory = directory
         self.producer = producer
-        self._boot = boot
+        self.boot = boot
         self._clock = clock
         self.broken = ""
         self.memory = retention.Memory(directory)
@@ -307,7 +307,7 @@ class Store:
                     **msgspec.structs.asdict(entry),
                     seq=seq,
                     prev=head,
-                    boot=self._boot,
+                    boot=self.boot,
                     time=time,
                     clock=clock,
                     producer=producer,
