@@ -141,6 +141,18 @@ def test_checkpoints_are_made_when_there_is_news_and_else_not(tmp_path: Path) ->
     asyncio.run(keep())
 
 
+def test_a_checkpoint_that_only_a_later_release_can_read_is_followed_by_others(tmp_path: Path) -> None:
+    async def go_on() -> None:
+        async with run(tmp_path / "store", LocalAnchor(tmp_path / "anchor")) as service:
+            later = Entry(type="audit.checkpoint", extra={"proves": "otherwise"})
+            await service._journal.append(later, OWN)
+            made = await service.checkpoints.make()
+            assert made is not None and made.covers == service._journal.store.end[0] - 1
+            assert service.checkpoints.failure == ""
+
+    asyncio.run(go_on())
+
+
 def test_a_full_segment_is_anchored_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "SEGMENT_BYTES", 4000)
     store = tmp_path / "store"

@@ -319,7 +319,10 @@ def test_a_daemon_killed_while_it_overwrites_leaves_a_trail_that_verifies(tmp_pa
     assert report.vouched and report.first > 1 and sum(f.stat().st_size for f in verify.segments(store)) < 60_000
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b'{"rule":{"when_full":"burn"}}', b'{"exported":-1}', b"\xff"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b'{"rule":{"when_full":"burn"}}', b'{"rule":{"when_full":"\xff"}}', b'{"exported":-1}', b"\xff"],
+)
 def test_a_damaged_memory_counts_for_nothing(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "state.json").write_bytes(content)
     memory = Memory(tmp_path)

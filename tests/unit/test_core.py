@@ -286,6 +286,20 @@ def test_configuration_is_read_anew_when_it_changes(tmp_path: Path) -> None:
     asyncio.run(change())
 
 
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"hostname":"\xff"}', b"\xff"])
+def test_a_configuration_that_cannot_be_read_is_named(tmp_path: Path, content: bytes) -> None:
+    async def call() -> None:
+        async with running(tmp_path) as core:
+            core.configuration.write_bytes(content)
+            with pytest.raises(Unavailable, match=f"{core.configuration.name} cannot be read: ") as refused:
+                await core.call("version.read", "auditor")
+            assert refused.value.hint
+            core.configuration.write_bytes(msgspec.json.encode(configuration()))
+            assert await core.call("version.read", "auditor")
+
+    asyncio.run(call())
+
+
 def test_audit_is_read_through_core(tmp_path: Path) -> None:
     async def read() -> None:
         async with running(tmp_path) as core:

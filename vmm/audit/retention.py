@@ -116,7 +116,7 @@ def _load(directory: Path) -> _State:
         return msgspec.json.decode((directory / STATE).read_bytes(), type=_State)
     except FileNotFoundError:
         return _State()
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         # The next start of the host sets the rule, the next export the number.
         print(f"audit: {STATE} cannot be read and counts for nothing: {error}", file=sys.stderr, flush=True)
         return _State()
