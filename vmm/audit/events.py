@@ -205,6 +205,7 @@ _OF_CORE = (
         meaning="A process that is neither the API nor root called core.",
         producers=CORE,
         phases=("outcome",),
+        fields=_SUPPRESSED,
     ),
     read("version.read", "show version", "Somebody asks what the host runs."),
     read("health.read", "show health", "Somebody asks whether the host is sound."),

@@ -1,7 +1,8 @@
 """From a call to its answer: identify, authorise, audit, do.
 
 A change is done only once its intent is on record, and answered only once its outcome is; reads and refusals are
-answered once they are on record. Without audit nothing is done.
+answered once they are on record. Without audit nothing is done. Only of processes that may not call at all, so many
+calls go on record as the trail can bear.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import msgspec
 
 from vmm import wire
 from vmm.audit.client import Actor, Entry, Object
+from vmm.audit.throttle import Throttle
 from vmm.core.arguments import Caller, Envelope, HostEnvelope, decode
 from vmm.core.configuration import AppliedConfiguration
 from vmm.core.permissions import SYSTEM, Permissions
@@ -25,7 +27,6 @@ from vmm.errors import Forbidden, NotFound, Unavailable, UserError
 MOST_REASON = 1000
 """Characters of a reason that go on record."""
 _UNKNOWN_METHOD = "core.unknown-method"
-_FOREIGN_PEER = "core.foreign-peer"
 _ROOT = 0
 HOST = Actor(id="holdfast", role=SYSTEM)
 """Who acts when the host itself does."""
@@ -116,6 +117,7 @@ class Dispatcher:
         self._audit = audit
         self._identify = identify
         self._peers = peers
+        self._strangers = Throttle(audit.append, "core")
         self._running: dict[asyncio.Task[Any], bool] = {}
 
     async def handle(self, request: wire.Request, channel: wire.Channel) -> Any:
@@ -144,17 +146,26 @@ class Dispatcher:
             for task in late:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
+        await self._strangers.close()
 
     async def _handle(self, request: wire.Request, channel: wire.Channel) -> Any:
         peer = channel.peer
         if peer.uid not in self._peers:
-            case = _Case(_FOREIGN_PEER, Actor(id=f"uid {peer.uid}"), Object(), "")
-            raise await self._refuse(case, Forbidden(f"uid {peer.uid} may not call core"))
+            raise self._foreign(peer.uid)
         call = Call(channel)
         # Root needs no certificate, and gets no more than the matrix gives the host itself.
         if peer.uid == _ROOT and "caller" not in request.params:
             return await self._call(request.method, decode(request.params, HostEnvelope), call)
         return await self._call(request.method, decode(request.params, Envelope), call)
+
+    def _foreign(self, uid: int) -> Forbidden:
+        """The error to raise; it is on record soon after, as far as strangers can be let fill the trail."""
+        reason = f"uid {uid} may not call core"
+        actor = Actor(id=f"uid {uid}")
+        self._strangers.report(
+            Entry(type="core.foreign-peer", phase="outcome", actor=actor, outcome="failure", reason=reason)
+        )
+        return Forbidden(reason)
 
     async def _call(self, name: str, envelope: Envelope | HostEnvelope, call: Call) -> Any:
         method = self._methods.get(name)
