@@ -25,6 +25,8 @@ from vmm.errors import Conflict, Forbidden, NotFound, Unavailable, UserError
 
 MAX_FRAME = 1 << 20
 _LINGER_S = 10.0
+_BACKLOG = 512
+"""Callers that may wait to be accepted. One too many is told at once that the service went away, however well it is."""
 HEADER = struct.Struct(">cI")
 
 T = TypeVar("T")
@@ -276,7 +278,7 @@ async def serve(path: Path, handler: Handler, *, mode: int = 0o660) -> asyncio.S
         await answer(Channel(reader, writer), handler)
 
     path.unlink(missing_ok=True)
-    server = await asyncio.start_unix_server(connected, path, limit=MAX_FRAME)
+    server = await asyncio.start_unix_server(connected, path, limit=MAX_FRAME, backlog=_BACKLOG)
     path.chmod(mode)
     return server
 

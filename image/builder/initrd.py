@@ -198,6 +198,16 @@ def make_microcode(root: Path, target: Path) -> None:
 
 
 def contents(layout: Layout) -> str:
-    """What decides the initrd, as text to be hashed: the packages installed and nothing of the host software."""
+    """What decides the initrd, as text to be hashed: the packages installed, and the files that it takes by name, of
+    which the build makes some itself (etc/passwd has a line for each service).
+    """
     packages = json.loads((layout.mkosi_output / "root.manifest").read_text())["packages"]
-    return "\n".join(sorted(f"{package['name']} {package['version']}" for package in packages))
+    text = sorted(f"{package['name']} {package['version']}" for package in packages)
+    for pattern in _listed(layout.repository / "image/initrd/files"):
+        for match in sorted(layout.root.glob(pattern)):
+            for path in sorted(match.rglob("*")) if match.is_dir() and not match.is_symlink() else [match]:
+                if path.is_symlink():
+                    text.append(f"{path.relative_to(layout.root)} -> {os.readlink(path)}")
+                elif path.is_file():
+                    text.append(f"{path.relative_to(layout.root)} {hashlib.sha256(path.read_bytes()).hexdigest()}")
+    return "\n".join(text)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from image.builder.host import say
 from image.builder.layout import Layout
-from tests.bench import builds, guests, starts, updates
+from tests.bench import audit, builds, guests, starts, updates
 from tests.bench.figures import MB, MIB, Figure, document, machine_state, table
 from tests.bench.holdfast import Server, service_memory
 from tests.guest.linux import GuestSources, build_linux_disk
@@ -32,6 +32,7 @@ from tests.harness.waiting import Expired
 from vmm.errors import die, main
 
 _PARTS = {
+    "audit": "records a second, what auditing adds to a call, verifying and searching",
     "build": "build times, cold and warm",
     "sizes": "sizes of the UKI, the payload and the root",
     "boot": "starts of the host image and of the stock reference, which is built when needed",
@@ -55,7 +56,7 @@ class _Options:
 def _options() -> _Options:
     parser = argparse.ArgumentParser(
         prog="python3 -m tests.bench",
-        description="Measure build, sizes, start, memory and guests; print a table and write build/bench.json.",
+        description="Measure audit, build, sizes, start, memory and guests; print a table and write build/bench.json.",
         epilog="parts: " + "; ".join(f"{name}: {what}" for name, what in _PARTS.items()),
     )
     parser.add_argument("--only", action="append", choices=list(_PARTS), help="measure this part; may be repeated")
@@ -92,6 +93,11 @@ def _fresh(name: str) -> Path:
 
 def _measure(options: _Options, figures: list[Figure]) -> None:
     """Measure the parts in turn, adding to ``figures``; one machine runs at a time."""
+    if "audit" in options.parts:
+        say("measuring the audit trail")
+        figures += audit.measure(_fresh("audit"))
+    if options.parts == {"audit"}:
+        return
     layout, image = Layout.from_environment(), Image.built()
     if "sizes" in options.parts:
         figures += _sizes(layout)
@@ -101,7 +107,7 @@ def _measure(options: _Options, figures: list[Figure]) -> None:
     if "update" in options.parts:
         say("building and publishing two patch releases")
         figures += updates.measure(layout.release_folder, layout.version)
-    if options.parts <= {"sizes", "build", "update"}:
+    if options.parts <= {"audit", "sizes", "build", "update"}:
         return
     server = Server(image, identities(Path("build/test/identities")), _fresh("host"))
     if "boot" in options.parts:

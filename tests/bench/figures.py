@@ -20,7 +20,10 @@ _HEADINGS = ("", "measured", "goal", "")
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured quantity. ``goal``, where it has one, is the most that it may be; ``note`` says how to read it."""
+    """One measured quantity.
+
+    ``goal``, where it has one, is the most that it may be (with ``least``, the least); ``note`` says how to read it.
+    """
 
     group: str
     name: str
@@ -29,11 +32,14 @@ class Figure:
     goal: float | None = None
     samples: tuple[float, ...] = ()
     note: str = ""
+    least: bool = False
 
     @property
     def met(self) -> bool | None:
         """Whether the goal is reached; None without a goal."""
-        return None if self.goal is None else self.value <= self.goal
+        if self.goal is None:
+            return None
+        return self.value >= self.goal if self.least else self.value <= self.goal
 
 
 def median(group: str, name: str, samples: Sequence[float], *, note: str = "") -> Figure:
@@ -58,7 +64,7 @@ def table(figures: Sequence[Figure]) -> str:
         if index == 0 or figures[index - 1].group != figure.group:
             rows.append((figure.group.upper(), "", "", ""))
         mark = f" [{notes.setdefault(figure.note, len(notes) + 1)}]" if figure.note else ""
-        goal = "" if figure.goal is None else f"≤ {figure.goal:g} {figure.unit}"
+        goal = "" if figure.goal is None else f"{'≥' if figure.least else '≤'} {figure.goal:g} {figure.unit}"
         verdict = {None: "", True: "met", False: "MISSED"}[figure.met]
         rows.append((f"  {figure.name}{mark}", _amount(figure.value, figure.unit), goal, verdict))
     widths = [max(len(row[column]) for row in (_HEADINGS, *rows)) for column in range(len(_HEADINGS))]

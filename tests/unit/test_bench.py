@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from elftools.elf.elffile import ELFFile
 
+from tests.bench import audit
 from tests.bench.figures import Figure, document, median, ratio, table
 from tests.bench.guests import order, plain_arguments
 from tests.bench.timeline import Boot, Watch, boot_figures, seconds, startup
@@ -80,6 +81,7 @@ FIGURES = [
     Figure("sizes", "UKI", 37.29, "MiB", 40.0),
     Figure("start", "share", 0.71, "×", 0.6, note="Of the second start."),
     Figure("start", "first", 61.0, "s", note="Of the second start."),
+    Figure("audit", "records", 5001.0, "/s", 5000.0, least=True),
 ]
 
 
@@ -89,14 +91,15 @@ def test_the_table_shows_groups_goals_verdicts_and_each_note_once() -> None:
     assert ["UKI", "37.3", "MiB", "≤", "40", "MiB", "met"] in lines
     assert ["share", "[1]", "0.71", "×", "≤", "0.6", "×", "MISSED"] in lines
     assert ["first", "[1]", "61.0", "s"] in lines
+    assert ["records", "5001.0", "/s", "≥", "5000", "/s", "met"] in lines
     assert lines.count(["[1]", "Of", "the", "second", "start."]) == 1
 
 
 def test_the_document_says_which_goals_were_met() -> None:
     written = json.loads(json.dumps(document({"cores": 2}, [*FIGURES, median("guest", "API", [3.0, 1.0, 2.0])])))
     assert written["machine"] == {"cores": 2}
-    assert [figure.get("met") for figure in written["figures"]] == [True, False, None, None]
-    assert written["figures"][3] == {
+    assert [figure.get("met") for figure in written["figures"]] == [True, False, None, True, None]
+    assert written["figures"][4] == {
         "group": "guest", "name": "API", "value": 2.0, "unit": "s", "samples": [3.0, 1.0, 2.0],
     }  # fmt: skip
 
@@ -104,6 +107,15 @@ def test_the_document_says_which_goals_were_met() -> None:
 def test_a_ratio_is_of_medians() -> None:
     ours, theirs = median("guest", "API", [1.0, 9.0, 3.0]), median("guest", "libvirt", [2.0, 2.0])
     assert ratio("guest", "API : libvirt", ours, theirs, goal=1.1) == Figure("guest", "API : libvirt", 1.5, "×", 1.1)
+
+
+def test_auditing_is_measured_without_a_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit, "_SECONDS", 0.05)
+    figures = {figure.name: figure for figure in audit.measure(tmp_path)}
+    assert all(figure.value > 0 for figure in figures.values())
+    goal = figures["durable records, through its socket"].goal
+    assert goal == min(5000, 0.5 * figures["durable records, as the disk allows"].value)
+    assert 300 < figures["size of a record"].value < 2000
 
 
 # -- ways of starting a guest ------------------------------------------------------------------------------------------

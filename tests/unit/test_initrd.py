@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from image.builder import initrd
+from image.builder.layout import Layout
 from vmm.config import gpt
 from vmm.errors import UserError
 from vmm.process import run
@@ -222,3 +223,25 @@ def test_the_audit_volume_can_seal_what_is_in_it(made: dict[str, Path]) -> None:
     features = next(line for line in shown.splitlines() if line.startswith("Filesystem features:")).split()
     assert {"verity", "extent", "has_journal", "metadata_csum"} <= set(features)
     assert re.search(r"^Block size:\s+4096$", shown, re.MULTILINE)
+
+
+def test_what_the_initrd_takes_decides_whether_it_is_made_anew(tmp_path: Path) -> None:
+    """Users of services come and go without any package; a link that points elsewhere counts as well."""
+    layout = Layout(repository=tmp_path)
+    (tmp_path / "image/initrd").mkdir(parents=True)
+    (tmp_path / "image/initrd/files").write_text("etc/passwd usr/lib/some*  # and a comment\n")
+    layout.mkosi_output.mkdir(parents=True)
+    (layout.mkosi_output / "root.manifest").write_text('{"packages": [{"name": "a", "version": "1"}]}')
+    (layout.root / "etc").mkdir(parents=True)
+    (layout.root / "usr/lib/something").mkdir(parents=True)
+    seen = {initrd.contents(layout)}
+    for path, text in (("etc/passwd", "a"), ("etc/passwd", "b"), ("usr/lib/something/file", "a")):
+        (layout.root / path).write_text(text)
+        seen.add(initrd.contents(layout))
+    for target in ("file", "other"):
+        (layout.root / "usr/lib/some.link").unlink(missing_ok=True)
+        (layout.root / "usr/lib/some.link").symlink_to(target)
+        seen.add(initrd.contents(layout))
+    assert len(seen) == 6
+    (layout.root / "etc/other").write_text("is not taken")
+    assert initrd.contents(layout) in seen

@@ -46,3 +46,44 @@ def test_a_caller_that_never_closes_is_not_waited_for(tmp_path: Path, monkeypatc
                 await channel.receive()
 
     asyncio.run(call())
+
+
+def test_a_crowd_that_comes_at_once_is_served(tmp_path: Path) -> None:
+    async def echo(request: wire.Request, _channel: wire.Channel) -> int:
+        return int(request.params["n"])
+
+    async def call() -> None:
+        async with await wire.serve(tmp_path / "socket", echo):
+            calls = (wire.call(tmp_path / "socket", "echo", {"n": n}) for n in range(300))
+            assert await asyncio.gather(*calls) == list(range(300))
+
+    asyncio.run(call())
+
+
+def test_what_is_done_for_somebody_ends_when_he_goes(tmp_path: Path) -> None:
+    ended: list[str] = []
+
+    async def work(request: wire.Request, channel: wire.Channel) -> str:
+        async def long() -> str:
+            try:
+                await asyncio.sleep(3600 if request.method == "long" else 0)
+            finally:
+                ended.append(request.method)
+            if request.method == "fails":
+                raise Conflict("no")
+            return "done"
+
+        return await wire.while_there(channel, long())
+
+    async def call() -> None:
+        async with await wire.serve(tmp_path / "socket", work):
+            assert await wire.call(tmp_path / "socket", "short") == "done"
+            with pytest.raises(Conflict):
+                await wire.call(tmp_path / "socket", "fails")
+            async with await wire.open_call(tmp_path / "socket", "long"):
+                pass
+            async with asyncio.timeout(5):
+                while "long" not in ended:
+                    await asyncio.sleep(0.005)
+
+    asyncio.run(call())

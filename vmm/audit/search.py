@@ -20,7 +20,9 @@ from vmm.errors import Unavailable
 MAX_PAGE_BYTES = 512 << 10
 """Bytes of one page of records; a page has to fit into a frame of vmm.wire on its way to the API."""
 MAX_SCAN_BYTES = 8 << 20
-"""Bytes after which a page begins no further segment; it ends the one it is in, so twice that is the most."""
+"""Bytes after which a page begins no further segment. It ends the one it is in, whose times may have to be found
+first: three times that is the most.
+"""
 _PLACES = 64
 """Ends of pages that are remembered, for whoever goes on from there."""
 
@@ -215,7 +217,7 @@ class _Search:
         except (msgspec.DecodeError, UnicodeDecodeError):
             raise Unavailable(
                 f"record {number} of the audit trail is damaged",
-                hint=f"verify a copy of it; the records behind are read on with after={number}",
+                hint=f"verify a copy of it; before={number} and after={number} read what is around it",
             ) from None
         return _fits(self._query, record) and (
             not self.timed or self.since <= str(record.get("time", "")) < self.until

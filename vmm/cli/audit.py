@@ -67,6 +67,7 @@ def register(commands: Commands) -> None:
     parser.add_argument("--reverse", action="store_true", help="the newest first")
     add_times(parser)
     _add_choices(parser)
+    parser.set_defaults(to=None)
     parser = add(verbs, "follow", "print audit records as they come, until interrupted", remotely(_follow))
     parser.add_argument("--after", type=int, metavar="N", help="begin behind record N, not with the next that comes")
     _add_choices(parser)
@@ -101,7 +102,6 @@ def _query(args: argparse.Namespace, span: Span) -> dict[str, str | int]:
 
 
 async def _list(api: Api, args: argparse.Namespace) -> None:
-    args.to = None
     query = _query(args, asked(args))
     if args.last is None:
         async for record in _records(api, query, args.after, "newest" if args.reverse else "oldest"):

@@ -55,7 +55,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         return args.run(args) or 0
     except Unreachable as error:
-        print(f"error: {error.message}", file=sys.stderr)
+        print(f"error: {errors.printable(error.message)}", file=sys.stderr)
         if error.hint:
             print(f"hint: {error.hint}", file=sys.stderr)
         return UNREACHABLE_EXIT_CODE

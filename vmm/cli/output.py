@@ -60,7 +60,8 @@ def print_fields(fields: Sequence[tuple[str, str]]) -> None:
 def print_json(raw: bytes) -> None:
     """Print the API's JSON exactly as it came; on a terminal, which it must not steer, what does not print escaped."""
     text = raw.decode()
-    sys.stdout.write((printable(text) if sys.stdout.isatty() else text) + ("" if raw.endswith(b"\n") else "\n"))
+    shown = printable(text) if sys.stdout.isatty() else text
+    print(shown, end="" if raw.endswith(b"\n") else "\n", flush=True)
 
 
 def confirm(question: str) -> bool:
