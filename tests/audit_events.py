@@ -38,7 +38,7 @@ MEANINGS = {
     "reason": "why, in words; empty for success",
     "request": "name of the operation: the same in the records of one call, and in the answer's `request_id`",
     "actor.id": "who: an administrator's name, a certificate's SHA-256 where it is nobody's, `holdfast` for the host "
-    "itself, `-` where nobody is known",
+    "itself, `uid N` or `libvirtd` for a process, `-` where nobody is known",
     "actor.role": "the role under which it was decided",
     "actor.origin": "address and port of the client, or `local`",
     "actor.certificate": "SHA-256 of the certificate that TLS verified; absent where there was none",
@@ -72,7 +72,7 @@ NAMES = {
     "vm": "object.id",
     "network_component": "extra.args",
 }
-"""What the requirements call a field → where a record has it; what is not here is an own field of the same name."""
+"""What the requirements call a field → where a record has it, if it is no own field of that name."""
 
 _FORM = """\
 A record is one line of JSON: keys sorted, no blanks, UTF-8, no floats. `holdfast audit list --json` prints the lines as
@@ -139,7 +139,8 @@ def problems(required: Requirements, registry: Registry, pending: list[Pending])
         yield f"{key.sfr}: {key.event}: {served[key][0].type} serves it, but no requirement has it"
     for key in sorted(served.keys() & wanted.keys()):
         for name in wanted[key]:
-            if not any(_has(type_, NAMES.get(name, f"extra.{name}")) for type_ in served[key]):
+            paths = (NAMES.get(name, f"extra.{name}"), f"extra.{name}")
+            if not any(_has(type_, path) for type_ in served[key] for path in paths):
                 yield f"{key.sfr}: {key.event}: no type that serves it says {name}"
 
 

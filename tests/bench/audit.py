@@ -18,9 +18,9 @@ from tests.bench.figures import MIB, Figure
 from tests.harness.waiting import poll
 from vmm.audit import verify
 from vmm.audit.client import Actor, AuditClient, Entry, Object
+from vmm.audit.journal import Journal
 from vmm.audit.records import Producer
 from vmm.audit.search import Query
-from vmm.audit.server import Journal
 from vmm.audit.store import MAX_BATCH, Draft, Store
 from vmm.process import spawn
 

@@ -16,8 +16,9 @@ from vmm.audit import store as store_module
 from vmm.audit.checkpoint import Checkpoint, Proof
 from vmm.audit.client import AuditClient
 from vmm.audit.events import EVENTS
+from vmm.audit.journal import Journal
 from vmm.audit.records import Entry, Producer
-from vmm.audit.server import Journal, Service
+from vmm.audit.server import Service
 from vmm.audit.store import Store
 from vmm.errors import Forbidden, Unavailable
 
@@ -134,10 +135,23 @@ def test_checkpoints_are_made_when_there_is_news_and_else_not(tmp_path: Path) ->
                         await asyncio.sleep(0.005)
                 await asyncio.sleep(0.1)
                 assert len(checkpoints(tmp_path / "store")) == number
-                await put(service)
+                # Not two: a checkpoint may come between them.
+                await put(service, 1)
             keeping.cancel()
 
     asyncio.run(keep())
+
+
+def test_a_checkpoint_that_only_a_later_release_can_read_is_followed_by_others(tmp_path: Path) -> None:
+    async def go_on() -> None:
+        async with run(tmp_path / "store", LocalAnchor(tmp_path / "anchor")) as service:
+            later = Entry(type="audit.checkpoint", extra={"proves": "otherwise"})
+            await service._journal.append(later, OWN)
+            made = await service.checkpoints.make()
+            assert made is not None and made.covers == service._journal.store.end[0] - 1
+            assert service.checkpoints.failure == ""
+
+    asyncio.run(go_on())
 
 
 def test_a_full_segment_is_anchored_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

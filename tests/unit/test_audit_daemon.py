@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from unittest.mock import Mock
 
 import msgspec
 import pytest
@@ -25,9 +26,10 @@ from vmm.audit.anchor import Anchor, SoftwareAnchor
 from vmm.audit.checkpoint import Proof
 from vmm.audit.client import AuditClient, Entry
 from vmm.audit.events import EVENTS
+from vmm.audit.journal import Journal
 from vmm.audit.records import Producer, Record, parse
 from vmm.audit.registry import Unit
-from vmm.audit.server import PRODUCERS, Journal, Service
+from vmm.audit.server import PRODUCERS, Service
 from vmm.audit.store import Store
 from vmm.errors import Forbidden, NotFound, Unavailable, UserError
 from vmm.process import spawn
@@ -62,8 +64,7 @@ def daemon(root: Path) -> Iterator[int]:
 
 
 def records(root: Path) -> list[tuple[str, str, str]]:
-    lines = [line for file in verify.segments(root / "var/lib/holdfast-audit") for line in verify.lines(file)]
-    return [(r.type, r.phase, r.reason) for r in map(parse, lines)]
+    return [(r.type, r.phase, r.reason) for r in stored(root / "var/lib/holdfast-audit")]
 
 
 def client(root: Path) -> AuditClient:
@@ -84,7 +85,7 @@ def test_no_acknowledged_record_is_lost_by_kill(tmp_path: Path) -> None:
             # So many more than before, and a moment on, so that the kill meets the daemon at anything.
             enough = len(acknowledged) + 8 * kill
             while len(acknowledged) < enough:
-                assert not any(worker.done() for worker in workers), "a caller was turned away by a daemon that lives"
+                assert not [w.exception() for w in workers if w.done()], "turned away by a daemon that lives"
                 await asyncio.sleep(0.001)
             await asyncio.sleep(0.0004 * kill)
             os.kill(pid, signal.SIGKILL)
@@ -175,7 +176,7 @@ def test_the_kernel_says_who_calls(tmp_path: Path) -> None:
                     with pytest.raises(UserError, match="unknown field"):
                         await wire.call(socket, "append", {"type": EVENT, "seq": 7})
                     with pytest.raises(NotFound):
-                        await wire.call(socket, "purge")
+                        await wire.call(socket, "delete")
                 else:
                     with pytest.raises(Unavailable, match="may not write"):
                         await audit.append(Entry(type=EVENT))
@@ -259,9 +260,8 @@ def test_a_full_store_opens_once_there_is_room(tmp_path: Path, monkeypatch: pyte
     async def run() -> None:
         journal, service = serve(tmp_path, {}, set())
         committing = asyncio.create_task(journal.run())
-        journal.store.full = True
         with monkeypatch.context() as patch:
-            patch.setattr(journal.store, "_take_reserve", lambda: False)
+            patch.setattr(journal.store, "append", Mock(side_effect=Unavailable("full")))
             assert not await service.open()
         assert await service.open()
         await service.close()
@@ -294,7 +294,7 @@ def test_what_core_decides_only_core_records() -> None:
         also = {"holdfast-host"} if "holdfast-host" in event.producers else set()
         assert set(event.producers) == {"holdfast-core"} | also, method
         assert not also or method.startswith("update."), method
-    assert set(PRODUCERS.values()) == {"holdfast-api", "holdfast-core", "holdfast-host"}
+    assert set(PRODUCERS.values()) == {"holdfast-api", "holdfast-core", "holdfast-host", "holdfast-kernel"}
 
 
 @asynccontextmanager

@@ -13,9 +13,10 @@ import pytest
 
 from vmm.audit import store as store_module
 from vmm.audit import verify
+from vmm.audit.opening import interrupted_entry
 from vmm.audit.records import Actor, Entry, Object, Producer, canonical, check, digest, parse
 from vmm.audit.search import Page
-from vmm.audit.store import MAX_BATCH, Draft, Store, interrupted_entry
+from vmm.audit.store import MAX_BATCH, Draft, Store
 from vmm.errors import Unavailable, UserError
 
 OWN = Producer(903, "holdfast-audit")

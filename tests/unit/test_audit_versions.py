@@ -10,8 +10,9 @@ import pytest
 
 from vmm.audit import verify
 from vmm.audit.clock import clock
+from vmm.audit.opening import interrupted_entry
 from vmm.audit.records import Actor, Clock, Entry, Producer, digest, parse
-from vmm.audit.store import Draft, Store, interrupted_entry
+from vmm.audit.store import Draft, Store
 
 OWN = Producer(903, "holdfast-audit")
 CORE = Producer(902, "holdfast-core")

@@ -107,6 +107,75 @@ def test_audit_lines_for_people(api: FakeApi, capsys: Capture) -> None:
     )
 
 
+STATUS = {
+    "records": 900,
+    "first": 101,
+    "last": 1000,
+    "bytes": 24 << 20,
+    "quota": 32 << 20,
+    "full": False,
+    "exported": 700,
+    "rule": {"when_full": "overwrite", "keep_days": 90, "keep_mib": 32},
+    "segments": 4,
+    "protected": 3,
+    "unprotected": "",
+    "later": "more",
+}
+
+
+def test_the_state_of_the_store_is_shown(api: FakeApi, capsys: Capture) -> None:
+    api.answers["/v1/audit/status"] = (200, STATUS)
+    capsys.readouterr()
+    holdfast("audit", "status")
+    assert capsys.readouterr().out.splitlines() == [
+        "Records:   900, 101 to 1000",
+        "Size:      24 MiB of 32 MiB (75 %)",
+        "When full: oldest records go",
+        "Kept for:  90 days",
+        "Exported:  up to record 700",
+        "fs-verity: 3 of 3 sealed segments",
+    ]
+    holdfast("audit", "status", "--json")
+    assert json.loads(capsys.readouterr().out) == STATUS
+    rule = {"when_full": "refuse", "keep_days": None, "keep_mib": None}
+    other = {"rule": rule, "full": True, "exported": 0, "protected": 0, "unprotected": "the file system has none\x1b"}
+    api.answers["/v1/audit/status"] = (200, STATUS | other)
+    holdfast("audit", "status")
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "When full: calls are refused (now)",
+        "Kept for:  as long as there is room",
+        "Exported:  nothing",
+        "fs-verity: 0 of 3 sealed segments: the file system has none?",
+    ]
+
+
+def test_a_purge_says_what_went(api: FakeApi, capsys: Capture) -> None:
+    api.answers["/v1/audit/purge"] = (200, {"first": 1, "last": 500, "lost": 20})
+    for given, sent in (
+        ("501", 501),
+        ("2026-11-23", "2026-11-23T00:00:00.000000Z"),
+        ("2026-11-23T04:05:06+01:00", "2026-11-23T03:05:06.000000Z"),
+    ):
+        capsys.readouterr()
+        holdfast("audit", "purge", given, "--yes")
+        assert json.loads(api.seen[-1].body) == {"before": sent}
+        assert capsys.readouterr().out == "records 1 to 500 are deleted, 20 of them had not been exported\n"
+    api.answers["/v1/audit/purge"] = (200, {"first": 0, "last": 0, "lost": 0})
+    holdfast("audit", "purge", "1", "--yes")
+    assert "nothing is deleted" in capsys.readouterr().out
+    api.answers["/v1/audit/purge"] = (403, "the role 'admin' may not call audit.purge")
+    with pytest.raises(UserError, match=r"may not call audit\.purge"):
+        holdfast("audit", "purge", "1", "--yes")
+
+
+def test_an_export_says_where_it_begins(api: FakeApi, capsys: Capture, tmp_path: Path) -> None:
+    """What was deleted is not in it, and it does not claim so."""
+    lines = trail(tmp_path / "store", LocalAnchor(tmp_path / "anchor"))
+    api.records = [line.rstrip(b"\n") for line in lines[4:]]
+    api.answers["/v1/audit/anchor"] = (200, msgspec.to_builtins(checkpoints(tmp_path / "store")[-1]))
+    capsys.readouterr()
+    holdfast("audit", "export", str(tmp_path / "export"))
+    assert capsys.readouterr().out.startswith("records 5 to 10, anchored")
 def printed(capsys: Capture, *arguments: str) -> list[int]:
     """The numbers of the records that a command prints."""
     capsys.readouterr()

@@ -10,6 +10,7 @@ import pytest
 
 from tests.unit.test_cli_rig import holdfast
 from tests.unit.test_config_rig import certificate, encoded, key_and_certificate
+from vmm.audit.rule import Rule
 from vmm.config import gpt, load, seed
 from vmm.errors import NotFound, UserError
 
@@ -156,3 +157,18 @@ def test_create_takes_where_updates_come_from(tmp_path: Path) -> None:
         holdfast(*good, "--update-window", "soon")
     with pytest.raises(UserError, match=r"nothing\.pem: No such file"):
         holdfast(*good, "--update-ca", str(tmp_path / "nothing.pem"))
+
+
+def test_create_takes_what_is_kept_of_the_trail(tmp_path: Path, capsys: Capture) -> None:
+    pem, out = tmp_path / "alice.pem", tmp_path / "out.json"
+    pem.write_text(certificate("alice"))
+    good = ["seed", "create", "--hostname", "hf1", "--management", "enp0s2=dhcp", "--admin", f"a={pem}"]
+    good += ["--out", str(out)]
+    holdfast(*good)
+    assert load.load(out).audit == Rule()
+    holdfast(*good, "--audit-when-full", "refuse", "--audit-keep-days", "90", "--audit-keep-mib", "4096")
+    assert load.load(out).audit == Rule("refuse", keep_days=90, keep_mib=4096)
+    with pytest.raises(UserError, match=r"audit\.keep_mib: "):
+        holdfast(*good, "--audit-keep-mib", "31")
+    with pytest.raises(SystemExit):
+        holdfast(*good, "--audit-when-full", "burn")

@@ -12,6 +12,7 @@ import pytest
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from tests.unit.test_config_rig import certificate, document, encoded, key_and_certificate
+from vmm.audit.rule import Rule
 from vmm.config import load
 from vmm.errors import UserError
 
@@ -216,4 +217,29 @@ def test_updates_are_optional_and_have_defaults() -> None:
 def test_what_is_wrong_with_updates_is_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(load.ConfigurationError) as caught:
         load.decode(encoded(update=UPDATE | changes))
+    assert caught.value.message.startswith(message)
+
+
+def test_what_is_kept_of_the_trail_is_optional_and_has_defaults() -> None:
+    assert load.decode(encoded()).audit == load.decode(encoded(audit={})).audit == Rule()
+    config = load.decode(encoded(audit={"when_full": "refuse", "keep_days": 90, "keep_mib": 32}))
+    assert config.audit == Rule("refuse", 90, 32) and load.decode(load.encode(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("audit", "message"),
+    [
+        (None, "audit: expected object"),
+        ({"when_full": "burn"}, "audit.when_full: invalid enum value 'burn'"),
+        ({"keep_days": 0}, "audit.keep_days: expected int >= 1"),
+        ({"keep_days": 36501}, "audit.keep_days: expected int <= 36500"),
+        ({"keep_days": 1.5}, "audit.keep_days: expected int"),
+        ({"keep_mib": 31}, "audit.keep_mib: expected int >= 32"),
+        ({"keep_mib": (1 << 20) + 1}, "audit.keep_mib: expected int <= 1048576"),
+        ({"keep": 1}, "audit.keep: is not a known field"),
+    ],
+)
+def test_what_is_wrong_with_what_is_kept_is_named(audit: Any, message: str) -> None:
+    with pytest.raises(load.ConfigurationError) as caught:
+        load.decode(encoded(audit=audit))
     assert caught.value.message.startswith(message)

@@ -11,7 +11,7 @@ import pytest
 
 from tests.unit.test_config_rig import MANAGEMENT_MAC, OPERATIONAL_MAC, HostTree, encoded, host_tree
 from vmm import atomic, paths
-from vmm.audit.client import Entry
+from vmm.audit.client import Entry, Rule
 from vmm.audit.events import EVENTS
 from vmm.config import apply, load, render, seed
 from vmm.config.types import Failure
@@ -28,10 +28,11 @@ class Host:
         self.records: list[Entry] = []
         self.stored_at_record: list[bool] = []
         self.hostnames: list[str] = []
-        self.audit_works = True
+        self.rules: list[Rule] = []
+        self.audit_works = self.rule_is_taken = True
 
     def configure(self) -> Failure | None:
-        return apply.run(self._record, self.hostnames.append)
+        return apply.run(self._record, self.hostnames.append, self._set_rule)
 
     def seed(self, document: bytes) -> None:
         self.tree.disk("sdb", removable=True, sdb1=(seed.PARTITION_NAME, seed.pack(document)))
@@ -46,6 +47,11 @@ class Host:
 
     def error(self) -> Any:
         return json.loads(paths.CONFIG_ERROR.read_text())
+
+    def _set_rule(self, rule: Rule) -> None:
+        if not self.rule_is_taken:
+            raise Unavailable("the audit daemon went away")
+        self.rules.append(rule)
 
     def _record(self, entry: Entry) -> None:
         if not self.audit_works:
@@ -270,3 +276,19 @@ def test_atomic_write_replaces_and_leaves_no_rest(tmp_path: Path) -> None:
     assert target.read_bytes() == b"two" and target.stat().st_mode & 0o777 == 0o640
     assert [p.name for p in target.parent.iterdir()] == ["file"]
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_the_audit_service_is_told_what_is_kept(host: Host) -> None:
+    """At each start, as it may have been given another store; a configuration that is refused changes nothing."""
+    host.seed(encoded(audit={"when_full": "refuse", "keep_days": 30}))
+    for _ in range(2):
+        assert host.configure() is None
+    assert host.rules == [Rule("refuse", keep_days=30)] * 2
+    host.rule_is_taken = False
+    failure = host.configure()
+    assert failure is not None and "the audit service does not take its rule" in failure.message
+    # All else is in force.
+    assert host.hostnames == ["hf1"] * 3
+    host.rule_is_taken = True
+    paths.STORED_CONFIG.write_bytes(b"{}")
+    assert host.configure() is not None and len(host.rules) == 2

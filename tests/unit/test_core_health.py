@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
+import msgspec
 import pytest
 
 from tests.unit.test_core_rig import FakeAudit, Rig, make_host
@@ -15,6 +18,7 @@ from vmm.core import version
 from vmm.core.daemon import Watch
 from vmm.core.health import Platform, judge
 from vmm.hypervisor.types import Domain, State
+from vmm.kernel.daemon import Said
 
 SECURE_BOOT = "sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
 GOOD = {
@@ -51,7 +55,14 @@ def root(tmp_path: Path) -> Path:
     make_host(tmp_path)
     for path, text in GOOD.items():
         put(tmp_path, path, text)
+    put(tmp_path, "run/holdfast/kernel/status.json", kernel_status())
     return tmp_path
+
+
+def kernel_status(**said: Any) -> str:
+    """What the reader of the kernel's audit leaves for others: it is process 77's, too, as good as any."""
+    status = Said(int(time.monotonic()), 77, "", 5, 0, (77,))
+    return msgspec.json.encode(msgspec.structs.replace(status, **said)).decode()
 
 
 def bad(root: Path) -> dict[str, str]:
@@ -85,6 +96,21 @@ def test_a_host_as_it_should_be(root: Path) -> None:
 def test_each_fault_is_found(root: Path, path: str, text: str, check: str) -> None:
     put(root, path, text)
     assert list(bad(root)) == [check]
+
+
+def test_a_reader_of_the_kernels_audit_that_is_not_there_is_found(root: Path) -> None:
+    """Dead, hanging, not the kernel's reader, without a status or with a damaged one."""
+    for said, reason in (
+        ({"pid": 79}, "gone or hangs"),
+        ({"at": int(time.monotonic()) - 61}, "gone or hangs"),
+        ({"problem": "the kernel's audit does not take us for its reader: File exists"}, "File exists"),
+    ):
+        put(root, "run/holdfast/kernel/status.json", kernel_status(**said))
+        assert list(found := bad(root)) == ["kernel-audit"] and reason in found["kernel-audit"]
+    put(root, "run/holdfast/kernel/status.json", "{")
+    assert list(bad(root)) == ["kernel-audit"]
+    (root / "run/holdfast/kernel/status.json").unlink()
+    assert bad(root) == {"kernel-audit": "the kernel's audit events are not read"}
 
 
 def test_what_cannot_be_read_has_failed(tmp_path: Path) -> None:
@@ -132,6 +158,10 @@ def test_an_unknown_domain_is_reported_once_recorded(root: Path, tmp_path_factor
         audit.anchor_failure = "the TPM does not answer"
         failed = [check for check in (await watch.health()).checks if not check.ok]
         assert (failed[0].name, failed[0].detail) == ("audit-anchor", "the TPM does not answer")
+        # A volume without fs-verity is said, and no failure.
+        audit.unprotected = "the file system has none"
+        (check,) = (check for check in (await watch.health()).checks if check.name == "audit")
+        assert check.ok and check.detail.endswith("not under fs-verity: the file system has none")
         server.close()
         rig.database.close()
 

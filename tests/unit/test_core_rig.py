@@ -203,7 +203,8 @@ class FakeAudit:
     def __init__(self) -> None:
         self.entries: list[Entry] = []
         self.refuse_from = 1 << 30
-        self.anchor_failure = ""
+        self.anchor_failure = self.unprotected = ""
+        self.purges: list[dict[str, Any]] = []
 
     async def handle(self, request: wire.Request, _channel: wire.Channel) -> Any:
         if request.method == "append":
@@ -216,9 +217,15 @@ class FakeAudit:
             return {"seq": len(self.entries)}
         if request.method == "read":
             return {"records": [{"seq": request.params["after"] + 1}], "next": None}
+        if request.method == "status":
+            return {"records": len(self.entries), "rule": {"when_full": "overwrite"}}
+        if request.method == "purge":
+            self.purges.append(request.params)
+            return {"first": 1, "last": 5, "lost": 2}
         if request.method == "checkpoint":
             return {"covers": len(self.entries)}
         anchor = {"anchored": len(self.entries), "anchor": "tpm", "anchor_failure": self.anchor_failure}
+        anchor["unprotected"] = self.unprotected
         return {"ok": True, "seq": len(self.entries), "head": "", **anchor}
 
     def said(self) -> list[tuple[str, str, str]]:

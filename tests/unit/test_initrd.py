@@ -186,7 +186,9 @@ def made(tmp_path: Path) -> dict[str, Path]:
     run([*prepare[:-1], secret])
     disk = tmp_path / "disk.raw"
     options = ["--offline=yes", "--empty=create", "--size=80M", "--dry-run=no", f"--definitions={tmp_path}/definitions"]
-    run(["systemd-repart", f"--root={tmp_path}/sysroot", f"--copy-source={tmp_path}", *options, disk])
+    (variable,) = settings("holdfast-partitions.service")["Environment"]
+    environment = dict([variable.strip('"').split("=", 1)])
+    run(["systemd-repart", f"--root={tmp_path}/sysroot", f"--copy-source={tmp_path}", *options, disk], env=environment)
     with disk.open("rb") as file:
         table = gpt.read(file)
     found = {}
@@ -212,6 +214,15 @@ def test_the_first_boot_makes_volumes_that_pass_the_checks(made: dict[str, Path]
         secrets.add(run(["debugfs", "-R", f"cat {place}", made[f"holdfast-{volume}"]]).stdout)
     (secret,) = secrets
     assert re.fullmatch(r"[0-9a-f-]{36}\n", secret)
+
+
+@pytest.mark.sfr("FAU_STG.1")
+def test_the_audit_volume_can_seal_what_is_in_it(made: dict[str, Path]) -> None:
+    """fs-verity is a feature of the file system, with which it has to be made; pages and blocks are of one size."""
+    shown = run(["dumpe2fs", "-h", made["holdfast-audit"]]).stdout
+    features = next(line for line in shown.splitlines() if line.startswith("Filesystem features:")).split()
+    assert {"verity", "extent", "has_journal", "metadata_csum"} <= set(features)
+    assert re.search(r"^Block size:\s+4096$", shown, re.MULTILINE)
 
 
 def test_what_the_initrd_takes_decides_whether_it_is_made_anew(tmp_path: Path) -> None:

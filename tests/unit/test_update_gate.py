@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 import pytest
 
 from tests.unit.test_update_machine import World, apply, boot, download, install, names
+from vmm import paths
 from vmm.errors import Conflict, Unavailable
 from vmm.update import gate
 from vmm.update.types import Failed
@@ -125,3 +127,15 @@ def test_a_newer_version_that_failed_is_left_for_the_console(world: World, monke
     release.write_text('IMAGE_VERSION="1.2.0"\n')
     gate.leave_notice()
     assert not notice.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"{}", b'{"hostname":"\xff"}'])
+def test_a_configuration_that_cannot_be_read_fails_the_gate(
+    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paths, "APPLIED_CONFIG", tmp_path / "config.json")
+    with pytest.raises(Unavailable, match="no configuration is applied"):
+        gate.check_network()
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(Unavailable, match=r"config\.json cannot be read: "):
+        gate.check_network()

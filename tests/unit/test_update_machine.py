@@ -19,6 +19,7 @@ import msgspec
 from tests.unit.test_update_rig import MIB, SECONDS, Repository, plain
 from vmm.audit.client import Actor, Entry
 from vmm.audit.events import EVENTS
+from vmm.audit.throttle import Throttle
 from vmm.config import gpt
 from vmm.config.devices import Device
 from vmm.update import base, esp, slots
@@ -244,6 +245,14 @@ class World:
         EVENTS.check(msgspec.convert(msgspec.to_builtins(entry), Entry), "holdfast-host")
         self.records.append(entry)
         return len(self.records)
+
+    def strangers(self) -> Throttle:
+        """What calls of others are recorded by."""
+
+        async def append(entry: Entry) -> int:
+            return self.append(entry)
+
+        return Throttle(append, "update")
 
     def trail(self) -> list[tuple[str, str, str]]:
         return [(entry.type, entry.phase, entry.outcome) for entry in self.records]

@@ -58,7 +58,7 @@ class Client:
 
 def serve(world: World, body: Callable[[Client], Awaitable[None]], allowed: frozenset[int] = frozenset()) -> None:
     async def run() -> None:
-        service = Service(world.env, world.work, allowed)
+        service = Service(world.env, world.work, allowed, world.strangers())
         path = world.folder / "update.sock"
         async with await wire.serve(path, service.handle):
             await body(Client(path, service))
@@ -383,7 +383,7 @@ def test_the_daemon_ends_when_nobody_needs_it(world: World) -> None:
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listening.bind(str(path))
         listening.listen()
-        service = Service(world.env, world.work, frozenset())
+        service = Service(world.env, world.work, frozenset(), world.strangers())
         serving = asyncio.create_task(daemon.serve(listening, service, idle=0.3))
         gate = Gate(world, "signer")
         await wire.call(path, "download", {"wait": True})

@@ -53,6 +53,8 @@ ROUTES = (
         query=_WANTED | {"after": int, "before": int, "limit": int, "order": str},
     ),
     Route("GET", "/v1/audit/follow", "audit.follow", query=_WANTED | {"after": int}, kind="follow"),
+    Route("GET", "/v1/audit/status", "audit.status"),
+    Route("POST", "/v1/audit/purge", "audit.purge", body=True),
     Route("POST", "/v1/audit/anchor", "audit.anchor"),
     Route("POST", "/v1/recovery-keys/fetch", "recovery.fetch"),
     # 202: the answer comes while the job runs; GET /v1/update tells how far it is.

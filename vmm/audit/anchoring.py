@@ -14,8 +14,8 @@ import msgspec
 
 from vmm import wire
 from vmm.audit.checkpoint import Checkpoint, Proof, Statement
+from vmm.audit.journal import Journal
 from vmm.audit.records import CHECKPOINT, Entry, Producer
-from vmm.audit.store import Store
 from vmm.errors import Unavailable, UserError
 from vmm.paths import ANCHOR_SOCKET
 
@@ -63,17 +63,6 @@ class AnchorClient:
             raise Unavailable("the anchor does not answer") from None
 
 
-class Journal(Protocol):
-    """What is needed of the daemon's journal. ``sealed`` is set whenever a segment was begun."""
-
-    store: Store
-    sealed: asyncio.Event
-
-    async def append(self, entry: Entry, producer: Producer) -> int:
-        """Raises: Unavailable."""
-        ...
-
-
 class Checkpoints:
     """Makes checkpoints of a trail. ``failure`` says why there was none when one was due, "" if there was."""
 
@@ -118,7 +107,7 @@ class Checkpoints:
             if covers == self._quiet:
                 return self.newest
             try:
-                statement = Statement(covers, head, store.segment_of(covers))
+                statement = Statement(covers, head, store.segments.of(covers))
                 proof = await self._anchor.certify(statement.digest(), await self._past())
             except UserError as error:
                 await self._failed(error.message)
@@ -137,7 +126,8 @@ class Checkpoints:
         """The counter of the newest checkpoint that is stored, of earlier runs too; 0 if there is none."""
         if not self._looked:
             record = await asyncio.to_thread(self._journal.store.newest_checkpoint)
-            with contextlib.suppress(ValueError):
+            # One that only a later release can read: the anchor counted on behind it, as behind any other.
+            with contextlib.suppress(msgspec.ValidationError):
                 self.newest = Checkpoint.of(record) if record else None
             self._looked = True
         return self.newest.proof.counter if self.newest else 0

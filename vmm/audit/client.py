@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,21 @@ import msgspec
 
 from vmm import wire
 from vmm.audit.records import Actor, Entry, Object
+from vmm.audit.rule import Rule
 from vmm.audit.search import Query
 from vmm.errors import Unavailable, UserError
 from vmm.paths import AUDIT_SOCKET
 
 _LOOK_S = 0.05
+_PURGE_S = 120.0
 _ANCHOR_S = 60.0
 """A checkpoint that is under way comes first, and a TPM may take its time for each."""
 
-__all__ = ["Actor", "AuditClient", "Entry", "Object"]
+__all__ = ["Actor", "AuditClient", "Entry", "Object", "Refused", "Rule"]
+
+
+class Refused(Unavailable):
+    """The audit daemon does not take this record, ever; it keeps what it was as text."""
 
 
 class AuditClient:
@@ -32,14 +39,14 @@ class AuditClient:
     async def append(self, entry: Entry) -> int:
         """Hand in a record and wait until it is on stable storage; returns its sequence number.
 
-        Raises: Unavailable, whatever stopped it: a caller that cannot audit must not act.
+        Raises: Unavailable, whatever stopped it: a caller that cannot audit must not act. (Refused is one, too.)
         """
         try:
             result = await self._call("append", msgspec.to_builtins(entry))
         except Unavailable:
             raise
         except UserError as error:
-            raise Unavailable(f"the audit daemon refused a record: {error.message}", hint=error.hint) from None
+            raise Refused(f"the audit daemon refused a record: {error.message}", hint=error.hint) from None
         return int(result["seq"])
 
     def append_sync(self, entry: Entry) -> int:
@@ -85,15 +92,41 @@ class AuditClient:
         result: dict[str, Any] = await self._call("checkpoint", {}, at_least=_ANCHOR_S)
         return result
 
+    async def operation(self, object: str, types: Sequence[str], time: int) -> str:
+        """The request of an operation of these types that was under way on an object at a time (milliseconds, UTC).
+
+        Returns: "" when there was none. Raises: Unavailable; Forbidden as for read().
+        """
+        asked = {"object": object, "types": list(types), "time": time}
+        return str((await self._call("operation", asked))["request"])
+
     async def health(self) -> dict[str, Any]:
         """How the daemon stands. Raises: Unavailable.
 
         Returns: ``{"ok": bool, "seq": n, "head": hex, "anchored": n, "anchor": "tpm", "software" or "",
-        "anchor_failure": text}``; not ok while records are refused, ``anchored`` is the last record that a checkpoint
-        covers, as far as this run of the daemon knows.
+        "anchor_failure": text, "unprotected": text}``; not ok while records are refused, ``anchored`` is the last
+        record that a checkpoint covers, as far as this run of the daemon knows.
         """
         result: dict[str, Any] = await self._call("health", {})
         return result
+
+    async def status(self) -> dict[str, Any]:
+        """How the store stands (vmm.audit.keeping). Raises: Unavailable; Forbidden as for read()."""
+        result: dict[str, Any] = await self._call("status", {})
+        return result
+
+    async def purge(self, before: str | int, request: str) -> dict[str, int]:
+        """Remove segments with nothing but records from before a time or number, for core's call ``request``.
+
+        Returns: ``{"first": n, "last": n, "lost": n}``, all 0 where none went; ``lost`` were not exported.
+        Raises: UserError; Unavailable; Forbidden for all but core.
+        """
+        result: dict[str, int] = await self._call("purge", {"before": before, "request": request}, at_least=_PURGE_S)
+        return result
+
+    def set_rule_sync(self, rule: Rule) -> None:
+        """Say what is kept, for the configure step. Raises: Unavailable; Forbidden for all but root."""
+        asyncio.run(self._call("rule", msgspec.to_builtins(rule)))
 
     async def _call(self, method: str, params: dict[str, Any], at_least: float = 0.0) -> Any:
         seconds = max(self._timeout, at_least)

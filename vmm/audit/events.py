@@ -6,7 +6,8 @@ tests find what is missing of these.
 
 from __future__ import annotations
 
-from vmm.audit.records import CHECKPOINT, FULL, RECOVERED, REFUSED, START, STOP
+from vmm.audit.kernel_events import KERNEL_EVENTS
+from vmm.audit.records import CHECKPOINT, FILLING, FULL, RECOVERED, REFUSED, REMOVED, RULE, START, STOP
 from vmm.audit.registry import Event, Field, Registry, Serves, Unit
 from vmm.audit.rows import ACTION, ARGS, CORE, HOST, MANAGED, change, read
 from vmm.audit.update_events import UPDATE_EVENTS
@@ -65,6 +66,46 @@ _OF_AUDIT = (
         serves=(
             Serves("FAU_STG_EXT.1", "Audit capture failed for lack of space or because a set limit was reached"),
         ),
+    ),
+    Event(
+        type=FILLING,
+        title="audit store fills",
+        meaning="Records take so much of what they may take; said again only after there was more room.",
+        producers=_AUDIT,
+        fields={
+            "percent": Field("integer", "75 or 90"),
+            "used": Field("integer", "bytes of all records"),
+            "quota": Field("integer", "bytes that they may take"),
+        },
+    ),
+    Event(
+        type=REMOVED,
+        title="remove audit records",
+        meaning="The oldest segments of the trail go once this is stored; a failure where nobody has what goes.",
+        producers=_AUDIT,
+        fields={
+            "cause": Field("text", "full (room was needed), age (the rule of the configuration) or purge (an auditor)"),
+            "first": Field("integer", "the number of the first record that goes"),
+            "last": Field("integer", "that of the last one"),
+            "head": Field("text", "the last one's hash, which the oldest record that stays names"),
+            "exported": Field("integer", "the last record that was exported then, 0 if none was"),
+            "lost": Field("integer", "how many of those that go were not exported"),
+        },
+        serves=(
+            Serves("FAU_STG_EXT.1", "Audit capture failed for lack of space or because a set limit was reached"),
+        ),
+    ),
+    Event(
+        type=RULE,
+        title="keep audit records by another rule",
+        meaning="The configuration says something else than before on what is kept.",
+        producers=_AUDIT,
+        fields={
+            "when_full": Field("text", "overwrite or refuse"),
+            "keep_days": Field("integer", "the age at which records go, absent where they do not"),
+            "keep_mib": Field("integer", "how much is kept, absent where that is the volume's size"),
+        },
+        serves=(ACTION,),
     ),
     Event(
         type=CHECKPOINT,
@@ -164,12 +205,24 @@ _OF_CORE = (
         meaning="A process that is neither the API nor root called core.",
         producers=CORE,
         phases=("outcome",),
+        fields=_SUPPRESSED,
     ),
     read("version.read", "show version", "Somebody asks what the host runs."),
     read("health.read", "show health", "Somebody asks whether the host is sound."),
     read("config.read", "show configuration", "Somebody reads the configuration."),
     read("audit.read", "read audit trail", "Somebody reads records."),
     change("audit.follow", "follow audit trail", "Somebody is to be sent records as they come, until the outcome."),
+    read("audit.status", "show state of audit store", "Somebody asks how much the trail holds and may hold."),
+    change(
+        "audit.purge",
+        "delete old audit records",
+        "An auditor has records deleted that are older than a time or number; audit.removed says what went.",
+        fields={
+            "first": Field("integer", "the number of the first record that was deleted, 0 if none was"),
+            "last": Field("integer", "that of the last one"),
+            "lost": Field("integer", "how many of them were not exported"),
+        },
+    ),
     change("audit.anchor", "have audit trail anchored", "A checkpoint over all records so far is to be made."),
     change("recovery.fetch", "fetch recovery keys", "An administrator takes the volumes' recovery keys, once."),
     change("host.reboot", "restart host", "The host is to restart; its guests are stopped first."),
@@ -250,4 +303,4 @@ _OF_HOST = (
     ),
 )
 
-EVENTS = Registry((*_OF_AUDIT, *_OF_API, *_OF_CORE, *_OF_GUESTS, *_OF_HOST, *UPDATE_EVENTS))
+EVENTS = Registry((*_OF_AUDIT, *_OF_API, *_OF_CORE, *_OF_GUESTS, *_OF_HOST, *UPDATE_EVENTS, *KERNEL_EVENTS))

@@ -23,6 +23,7 @@ MAX_LINE = 32 << 10
 
 START, STOP, RECOVERED, FULL, REFUSED = "audit.start", "audit.stop", "audit.recovered", "audit.full", "audit.refused"
 CHECKPOINT = "audit.checkpoint"
+REMOVED, FILLING, RULE = "audit.removed", "audit.filling", "audit.rule"
 """Types that the audit daemon itself writes; all there are stand in vmm.audit.events."""
 
 Phase = Literal["intent", "outcome", "event"]

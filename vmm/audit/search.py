@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
 from vmm.audit.records import MAX_LINE, Outcome, Phase
+from vmm.audit.verify import lines
 from vmm.errors import Unavailable
 
 MAX_PAGE_BYTES = 512 << 10
@@ -88,7 +89,7 @@ class Finder:
         """The next page.
 
         Arguments: the segments as first number and file, oldest first; the last record that may be shown.
-        Raises: Unavailable naming a record that cannot be read.
+        Raises: Unavailable naming a record that cannot be read; OSError naming the file.
         """
         low, high = query.after + 1, min(last, query.before - 1) if query.before else last
         newest = query.order == "newest"
@@ -119,7 +120,7 @@ class Finder:
         number, offset = first, 0
         if low - 1 in self._places and self._places[low - 1][0] == first:
             number, offset = low, self._places[low - 1][1]
-        for line in _lines(path, offset):
+        for line in lines(path, offset):
             if number > high:
                 break
             search.scanned += len(line)
@@ -142,7 +143,7 @@ class Finder:
         """
         if first not in self._spans:
             self._spans[first] = _span(path)
-            search.scanned += path.stat().st_size if path.exists() else 0
+            search.scanned += path.stat().st_size
         span = self._spans[first]
         return span is not None and not (span[0] < search.until and search.since <= span[1])
 
@@ -267,23 +268,12 @@ _TIME_WITHIN = 160
 def _span(path: Path) -> tuple[str, str] | None:
     """The earliest and the latest time in a segment, None if it cannot be told."""
     earliest, latest = b"~", b""
-    for line in _lines(path, 0):
+    for line in lines(path):
         found = _TIME.search(line, max(len(line) - _TIME_WITHIN, 0))
         if found is None:
             return None
         earliest, latest = min(earliest, found[1]), max(latest, found[1])
     return earliest.decode(), latest.decode()
-
-
-def _lines(path: Path, offset: int) -> Iterator[bytes]:
-    """The lines of a segment from an offset on; none when it was deleted meanwhile."""
-    try:
-        with path.open("rb") as file:
-            file.seek(offset)
-            while line := file.readline(MAX_LINE + 1):
-                yield line
-    except FileNotFoundError:
-        return
 
 
 def _padded(moment: str) -> str:

@@ -8,7 +8,9 @@ import os
 import pwd
 import signal
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -17,10 +19,15 @@ import msgspec
 from vmm import wire
 from vmm.audit.anchoring import Anchor, AnchorClient, Checkpoints
 from vmm.audit.events import EVENTS
+from vmm.audit.journal import Journal
+from vmm.audit.keeping import Exported, Keeping, Purge
+from vmm.audit.opening import interrupted_entry, recovered_entry
+from vmm.audit.operations import Operations
 from vmm.audit.records import REFUSED, START, STOP, Actor, Entry, Producer, check
 from vmm.audit.registry import Unit
+from vmm.audit.rule import Rule
 from vmm.audit.search import Query
-from vmm.audit.store import MAX_BATCH, Draft, Store, interrupted_entry, recovered_entry
+from vmm.audit.store import Store
 from vmm.audit.throttle import Throttle
 from vmm.errors import Forbidden, NotFound, Unavailable, UserError
 from vmm.notify import notify
@@ -33,11 +40,16 @@ UNIT: Unit = "holdfast-audit"
 PRODUCERS: Mapping[str, Unit] = {
     "holdfast-api": "holdfast-api",
     "holdfast-core": "holdfast-core",
+    "holdfast-kernel": "holdfast-kernel",
     # All that run as root: the configure step, the updater, the gate.
     "root": "holdfast-host",
 }
 """User → the producer that its processes are. What each may write stands in vmm.audit.events."""
 READERS = ("holdfast-core", "root")
+EXPORTERS = ("holdfast-export",)
+"""Who may say what of the trail is known elsewhere."""
+JOINERS: frozenset[Unit] = frozenset({"holdfast-kernel"})
+"""Who may ask which operation was under way, besides readers."""
 _RETRY = 5.0
 """Seconds between attempts to begin while the store is full."""
 _MOST_REASON = 1000
@@ -58,60 +70,12 @@ class Read(Query, frozen=True, forbid_unknown_fields=True):
     wait: Annotated[float, msgspec.Meta(ge=0, le=MAX_WAIT)] = 0.0
 
 
-class Journal:
-    """Appends to a store from many tasks: whatever waits while the disk is busy shares the next sync.
+class Wanted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Parameters of ``operation``: an object's id, types of calls, and a time (milliseconds, UTC)."""
 
-    ``sealed`` is set whenever a segment was begun, and with it the one before ended.
-    """
-
-    def __init__(self, store: Store) -> None:
-        self.store = store
-        self.sealed = asyncio.Event()
-        self._waiting: list[tuple[Draft, asyncio.Future[int]]] = []
-        self._wake = asyncio.Event()
-        self._news = asyncio.Event()
-
-    async def wait_beyond(self, seq: int, seconds: float) -> None:
-        """Return once there are records above a number, at the latest after so many seconds."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                while self.store.end[0] <= seq:
-                    await self._news.wait()
-
-    async def append(self, entry: Entry, producer: Producer) -> int:
-        """Store an entry; returns its number once it is durable. Raises: Unavailable."""
-        future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._waiting.append((Draft(entry, producer), future))
-        self._wake.set()
-        return await future
-
-    async def run(self) -> None:
-        """Commit what comes in until the store breaks."""
-        while not self.store.broken:
-            await self._wake.wait()
-            batch, self._waiting = self._waiting[:MAX_BATCH], self._waiting[MAX_BATCH:]
-            if not self._waiting:
-                self._wake.clear()
-            await self._commit(batch)
-
-    async def _commit(self, batch: Sequence[tuple[Draft, asyncio.Future[int]]]) -> None:
-        waiting = [(future, index) for index, (_, future) in enumerate(batch)]
-        segment = self.store.segment
-        try:
-            numbers = await asyncio.to_thread(self.store.append, [draft for draft, _ in batch])
-        except Exception as error:  # noqa: BLE001 - whoever waits must hear of it, whatever it is
-            for future, _ in waiting:
-                if not future.done():
-                    future.set_exception(error)
-            return
-        # Whoever waits now goes on; who waits from now on waits for the next.
-        self._news.set()
-        self._news = asyncio.Event()
-        if self.store.segment != segment:
-            self.sealed.set()
-        for future, index in waiting:
-            if not future.done():
-                future.set_result(numbers[index])
+    object: Annotated[str, msgspec.Meta(max_length=64)]
+    types: Annotated[list[str], msgspec.Meta(max_length=16)]
+    time: int
 
 
 class Service:
@@ -125,10 +89,14 @@ class Service:
         readers: frozenset[int],
         about: Mapping[str, str] | None = None,
         anchor: Anchor | None = None,
+        exporters: frozenset[int] = frozenset(),
     ) -> None:
         """Arguments: the daemon as a producer, the uids that may append, those that may read, what ``audit.start``
-        says of the host, and what checkpoints are anchored in (the service for that unless given).
+        says of the host, what checkpoints are anchored in (the service for that unless given), and the uids that may
+        say what is known elsewhere.
         """
+        self.keeping = Keeping(journal, own)
+        self._exporters = exporters
         self.checkpoints = Checkpoints(journal, own, anchor or AnchorClient())
         self._journal = journal
         self._own = own
@@ -137,6 +105,7 @@ class Service:
         self._about = dict(about or {})
         # One for each producer and one for all others, so that none can have another's refusals left out.
         self._refusals: dict[Unit | None, Throttle] = {}
+        self._operations = Operations()
         self._open = False
         # Whatever readers ask for, one processor is theirs at most.
         self._searching = asyncio.Lock()
@@ -153,6 +122,9 @@ class Service:
                 store.recovered = None
             for intent in await asyncio.to_thread(lambda: list(store.open_intents())):
                 await self._journal.append(interrupted_entry(intent), self._own)
+                if intent.boot == store.boot:
+                    # Whoever acted may act on: only the daemon was gone.
+                    self._operations.note(intent, datetime.fromisoformat(intent.time).timestamp())
             await self._journal.append(Entry(type=START, extra=self._about), self._own)
         except Unavailable as error:
             print(f"audit: {error.message}; no record is taken until there is room", file=sys.stderr, flush=True)
@@ -184,8 +156,12 @@ class Service:
         match request.method:
             case "append":
                 return {"seq": await self._append(request, uid)}
-            case "checkpoint" | "read" if uid not in self._readers:
+            case "checkpoint" | "read" | "status" if uid not in self._readers:
                 raise self._refused(request, uid, Forbidden(f"uid {uid} may not read the audit trail"))
+            case "exported" | "purge" | "rule":
+                return await self._keep(request, uid)
+            case "status":
+                return self.keeping.status()
             case "checkpoint":
                 if not self._open:
                     raise Unavailable("the audit daemon takes no records, so it makes no checkpoint")
@@ -201,6 +177,11 @@ class Service:
                     "next": page.next,
                     "reached": page.reached,
                 }
+            case "operation" if uid not in self._readers and self._producers.get(uid) not in JOINERS:
+                raise self._refused(request, uid, Forbidden(f"uid {uid} may not ask for operations"))
+            case "operation":
+                asked = _convert(request.params, Wanted)
+                return {"request": self._operations.find(asked.object, asked.types, asked.time / 1000)}
             case "health":
                 seq, head = self._journal.store.end
                 newest = self.checkpoints.newest
@@ -211,8 +192,31 @@ class Service:
                     "anchored": newest.covers if newest else 0,
                     "anchor": newest.proof.anchor if newest else "",
                     "anchor_failure": self.checkpoints.failure,
+                    "unprotected": self._journal.store.segments.unprotected,
                 }
         raise NotFound(f"the audit daemon has no method {request.method!r}")
+
+    async def _keep(self, request: wire.Request, uid: int) -> Any:
+        """A call about what is kept: who may make it follows from what the caller is. Raises: UserError."""
+        unit = self._producers.get(uid)
+        allowed = {
+            "exported": uid in self._exporters,
+            # Core lets auditors order it.
+            "purge": unit == "holdfast-core",
+            # The configure step, which is root.
+            "rule": unit == "holdfast-host",
+        }
+        if not allowed[request.method]:
+            raise self._refused(request, uid, Forbidden(f"uid {uid} may not call {request.method}"))
+        if not self._open:
+            raise Unavailable("the audit daemon takes no records yet, or no more")
+        match request.method:
+            case "exported":
+                return await self.keeping.take_exported(_convert(request.params, Exported).seq)
+            case "purge":
+                return await self.keeping.purge(_convert(request.params, Purge))
+        await self.keeping.take_rule(_convert(request.params, Rule))
+        return {}
 
     async def _append(self, request: wire.Request, uid: int) -> int:
         unit = self._producers.get(uid)
@@ -226,7 +230,9 @@ class Service:
             raise self._refused(request, uid, error) from None
         if not self._open:
             raise Unavailable("the audit daemon takes no records: it is stopping, or the store is full")
-        return await self._journal.append(entry, Producer(uid, unit))
+        number = await self._journal.append(entry, Producer(uid, unit))
+        self._operations.note(entry, time.time())
+        return number
 
     def _refused(self, request: wire.Request, uid: int, error: UserError) -> UserError:
         """The error to raise. Whoever sent the record is told, and it is kept as text, as far as strangers can be let
@@ -292,6 +298,7 @@ async def serve(directory: Path, socket: Path) -> None:
         producers={uid: PRODUCERS[user] for uid, user in uids(PRODUCERS).items()},
         readers=frozenset({own.uid, *uids(READERS)}),
         about=_about(ROOT),
+        exporters=frozenset(uids(EXPORTERS)),
     )
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -302,12 +309,13 @@ async def serve(directory: Path, socket: Path) -> None:
         tasks.append(asyncio.create_task(service.keep_opening()))
     server = await wire.serve(socket, service.handle, mode=0o666)
     notify()
-    keeping = asyncio.create_task(service.checkpoints.keep())
+    keeping = [asyncio.create_task(work) for work in (service.checkpoints.keep(), service.keeping.keep())]
     while not stop.is_set() and not committing.done():
         _, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         tasks = list(pending)
     server.close()
-    keeping.cancel()
+    for task in keeping:
+        task.cancel()
     if store.broken:
         raise Unavailable(f"the audit store failed: {store.broken}")
     await service.close()

@@ -35,6 +35,11 @@ class Span(msgspec.Struct, frozen=True):
         return self.since <= time and (not self.until or time < self.until)
 
     @property
+    def begins(self) -> bool:
+        """Whether it has a beginning after that of the trail."""
+        return self.after is not None or bool(self.since)
+
+    @property
     def ends(self) -> bool:
         """Whether it has an end before that of the trail."""
         return self.to is not None or bool(self.until)
@@ -68,19 +73,20 @@ class Whole:
         if self._span.holds(record.time):
             self._within = record.seq
 
-    def missing(self, covered: int) -> str:
+    def missing(self, covered: int, *, removed: bool = False) -> str:
         """What is not there, of those that are anchored; "" if nothing is missing.
 
-        Arguments: ``covered`` is the last record that is anchored.
+        Arguments: ``covered`` is the last record that is anchored; ``removed`` says that those before the first one
+        were removed by the host, which is anchored, too: then they are missing from no part.
         """
         if self._first is None:
             return "there are no records"
         (first, time), span = self._first, self._span
         if (span.since or span.until) and not self._within:
             return "no record of that time is in it"
-        if span.after is not None and first > span.after + 1:
+        if span.after is not None and first > span.after + 1 and not removed:
             return f"it begins with record {first}, not with {span.after + 1}"
-        if span.since and first > 1 and span.holds(time):
+        if span.since and first > 1 and span.holds(time) and not removed:
             return f"it begins with record {first}, of {time}: others of the time asked for may stand before it"
         if span.to is not None and covered < span.to:
             return f"nothing is anchored behind record {covered}, and {span.to} was asked for"

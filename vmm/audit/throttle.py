@@ -56,6 +56,16 @@ class Throttle:
         if self._timer is None:
             self._timer = loop.call_later((1 - self._tokens) * self._interval, self._flush)
 
+    def is_rested(self) -> bool:
+        """Whether it could as well be new: nothing held back or being written, and its burst saved up again."""
+        rest = asyncio.get_running_loop().time() - self._filled
+        return self._held is None and not self._tasks and rest >= self._burst * self._interval
+
+    @property
+    def busy(self) -> bool:
+        """Whether a record is held back or being written."""
+        return self._held is not None or bool(self._tasks)
+
     async def close(self) -> None:
         """Write what is held back and wait until all records are written or refused."""
         if self._timer is not None:

@@ -101,6 +101,17 @@ UPDATE_EVENTS = (
             "bytes": Field("integer", "its size as received"),
         },
     ),
+    Event(
+        type="update.foreign-peer",
+        title="call by a foreign process",
+        meaning="A process other than core and root called the updater, or another than root a method of root's.",
+        producers=HOST,
+        phases=("outcome",),
+        fields={
+            "method": Field("text", "what it called"),
+            "suppressed": Field("integer", "how many records of this kind were left out before this one"),
+        },
+    ),
     change("update.cancel", "cancel update", "The updater is to give up what it does."),
     Event(
         type="update.trial",

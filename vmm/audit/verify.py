@@ -11,16 +11,18 @@ proves that nothing is missing in it; what it was to be a part of (--after and s
 from __future__ import annotations
 
 import sys
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import msgspec
 
+from vmm.audit.anchored import Anchors
+from vmm.audit.beginning import Beginning
 from vmm.audit.checkpoint import Checkpoint
-from vmm.audit.records import CHECKPOINT, GENESIS, MAX_LINE, VERSION, Record, digest, parse
+from vmm.audit.records import GENESIS, MAX_LINE, Record, digest, parse
 from vmm.audit.span import Span, Whole, add_span, asked
+from vmm.audit.wrong import Kind, Wrong
 from vmm.errors import UserError, die, main
 
 if TYPE_CHECKING:
@@ -28,21 +30,8 @@ if TYPE_CHECKING:
 
 SEGMENT_NAME = "{:020d}.log"
 _SEGMENT_GLOB = "[0-9]" * 20 + ".log"
-_WINDOW = 1 << 17
-"""Records that may stand between a checkpoint and what it covers; far more than can come in while it is made."""
 _MOST_NOTES = 10
 _MOST_KNOWN = 16 << 10
-
-Kind = Literal["edit", "deletion", "reordering", "truncation", "substitution", "replay", "unreadable"]
-"""What was done to a trail, as far as the trail shows it. An older copy looks like one that was cut short."""
-
-
-class Wrong(ValueError):
-    """Something in a trail that does not belong there."""
-
-    def __init__(self, kind: Kind, why: str) -> None:
-        super().__init__(why)
-        self.kind: Kind = kind
 
 
 class Problem(msgspec.Struct, frozen=True):
@@ -60,7 +49,8 @@ class Report(msgspec.Struct, frozen=True):
     where nothing is); ``notes`` are what is odd and may be honest; ``compared`` says whether the key is known to be the
     host's. If not, somebody may have made trail, anchor and key. ``met`` says whether what the known checkpoint covers
     is one of these records, or the one before them. ``prev`` is the hash of the record before the first one, ``times``
-    are those of the first and the last; all of ``span``, if it is given, is among those covered.
+    are those of the first and the last; all of ``span`` that was not removed, if it is given, is among those covered.
+    ``vouched`` is the record that says that those before the first one were removed, 0 where none does.
     """
 
     records: int
@@ -76,16 +66,21 @@ class Report(msgspec.Struct, frozen=True):
     prev: str = GENESIS
     times: tuple[str, str] = ("", "")
     span: Span | None = None
+    vouched: int = 0
 
     def text(self) -> str:
         """A trail without problem, for people."""
         said = [f"{self.records} records, {self.first} to {self.last}, unbroken; head {self.head}"]
         if self.records:
             said.append(f"from {self.times[0]} to {self.times[1]}, nothing left out in between")
-        if self.first > 1:
+        if self.vouched:
+            proven = "" if self.vouched <= self.covered else ", which is NOT anchored"
+            said.append(f"those before record {self.first} were removed: record {self.vouched} says so{proven}")
+        elif self.first > 1:
             said.append(f"what came before record {self.first} is not in here; hash of the last of it: {self.prev}")
         if self.span:
-            said.append(f"all records {self.span.text()} are in here")
+            left = " that were not removed" if self.vouched else ""
+            said.append(f"all records {self.span.text()}{left} are in here")
         if self.newest:
             proof = self.newest.proof
             by = "the TPM" if proof.anchor == "tpm" else "a SOFTWARE anchor, which whoever had the host had as well"
@@ -123,89 +118,6 @@ class Chain:
         return record
 
 
-class Anchors:
-    """Follows the checkpoints of a trail, given each record and its hash once the chain has taken it."""
-
-    def __init__(self, known: Checkpoint | None) -> None:
-        """Arguments: ``known`` is a checkpoint that the host made. Raises: ValueError if it is not genuine."""
-        # The daemon imports this module too and needs no cryptography.
-        from vmm.audit.proof import check  # noqa: PLC0415
-
-        self._check = check
-        self._known = known
-        self._heads: deque[bytes] = deque(maxlen=_WINDOW)
-        self._first = self._last = 0
-        self.newest: Checkpoint | None = None
-        self.covered = 0
-        if known:
-            check(known)
-
-    def follow(self, record: Record, head: str) -> None:
-        """Take the next record. Raises: Wrong."""
-        if not self._heads:
-            # What stood before the first one is known by its link.
-            self._first = record.seq - 1
-            self._see(record.seq - 1, record.prev)
-        self._see(record.seq, head)
-        if record.type == CHECKPOINT and record.outcome == "success":
-            if record.v > VERSION:
-                raise Wrong("unreadable", "a checkpoint of a later release: verify with that one")
-            try:
-                self._take(Checkpoint.of(record), record.seq)
-            except msgspec.ValidationError as error:
-                raise Wrong("edit", f"a checkpoint that is none: {error}") from None
-
-    def _see(self, seq: int, head: str) -> None:
-        self._heads.append(bytes.fromhex(head))
-        self._last = seq
-        if self._known and seq == self._known.covers and head != self._known.head:
-            raise Wrong("substitution", f"record {seq} is not the one that is known: another trail, or one made anew")
-
-    def _take(self, checkpoint: Checkpoint, seq: int) -> None:
-        before, proof = self.newest, checkpoint.proof
-        key = before or self._known
-        if key and (proof.key, proof.anchor) != (key.proof.key, key.proof.anchor):
-            raise Wrong("substitution", f"anchored by another key, {proof.anchor} {proof.fingerprint}")
-        try:
-            self._check(checkpoint)
-        except ValueError as error:
-            raise Wrong("edit", f"a checkpoint that is not genuine: {error}") from None
-        if before and proof.counter > before.proof.counter + 1:
-            gone = f"there were checkpoints between {before.proof.counter} and {proof.counter}"
-            raise Wrong("replay", f"{gone}: the trail was cut back, or an older store put in its place, and continued")
-        if before and proof.counter <= before.proof.counter:
-            raise Wrong("replay", f"its counter, {proof.counter}, had been used before")
-        if self._first <= checkpoint.covers:
-            head = self._head(checkpoint.covers) if checkpoint.covers < seq else None
-            if head is None:
-                raise Wrong("edit", f"it covers record {checkpoint.covers}, which does not stand shortly before it")
-            if head != checkpoint.head:
-                raise Wrong("edit", f"record {checkpoint.covers} or one before it is not what was anchored")
-        self.newest = checkpoint
-        self.covered = max(self.covered, checkpoint.covers)
-
-    def end(self, *, part: bool = False) -> None:
-        """Take the end of the trail, or of a part of it that may end before what is known. Raises: Wrong."""
-        if not self._known:
-            return
-        covers, counter = self._known.covers, self._known.proof.counter
-        if self._last < covers and part:
-            if self.newest and self.newest.proof.counter >= counter:
-                why = f"its newest checkpoint is {self.newest.proof.counter}, and {counter} is known to cover more"
-                raise Wrong("replay", why)
-            return
-        if self._last < covers:
-            raise Wrong("truncation", f"record {covers} is known to have been there: cut short, or an older copy")
-        if covers < self._first and self.newest and self.newest.proof.counter < counter:
-            raise Wrong("replay", f"its newest checkpoint is {self.newest.proof.counter}, and {counter} is known")
-        self.covered = max(self.covered, covers)
-
-    def _head(self, seq: int) -> str | None:
-        """The hash of a record that was seen, None if that is too long ago."""
-        index = len(self._heads) - 1 - (self._last - seq)
-        return self._heads[index].hex() if index >= 0 else None
-
-
 class Clock:
     """Notes where a record's time lies before that of the one before it."""
 
@@ -234,10 +146,21 @@ def segments(directory: Path) -> list[Path]:
     return sorted(directory.glob(_SEGMENT_GLOB))
 
 
-def lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file, newline included; a longer one than any record is cut, not held in memory."""
+def lines(path: Path, offset: int = 0) -> Iterator[bytes]:
+    """The lines of a file from an offset on, newline included; one longer than any record is cut, not held in memory.
+
+    Raises: OSError naming the file, also where fs-verity finds it changed.
+    """
     with path.open("rb") as file:
-        while line := file.readline(MAX_LINE + 1):
+        file.seek(offset)
+        while True:
+            try:
+                line = file.readline(MAX_LINE + 1)
+            except OSError as error:
+                error.filename = str(path)
+                raise
+            if not line:
+                return
             yield line
 
 
@@ -251,25 +174,26 @@ def verify_directory(
 ) -> Report:
     """Verify a store, or a copy of one.
 
-    Arguments: ``prev`` is the hash of the record before the first one, for a trail whose oldest
-    segments were archived; without it the trail must begin at record 1. ``head`` is the expected
-    hash of the last record. ``known`` is a checkpoint that the host is known to have made. ``span`` is what has to be
-    there, anchored; one that ends may end before what is known.
+    Arguments: ``prev`` is the hash of the record before the first one, for a part of a trail; without it the trail
+    must begin at record 1, or where ``span`` does, or say itself that what was before was removed. ``head`` is the
+    expected hash of the last record. ``known`` is a checkpoint that the host is known to have made. ``span`` is what
+    has to be there, anchored; one that ends may end before what is known.
     Raises: UserError when there is nothing to read, or ``known`` is not genuine.
     """
     files = segments(path)
     if not files:
         die(f"{path} holds no audit segments")
-    chain = Chain(seq=None if prev else 1, prev=prev)
+    chain = Chain(seq=int(files[0].stem), prev=prev)
 
     def stream() -> Iterator[bytes]:
         for file in files:
-            if chain.seq is not None and file.name != SEGMENT_NAME.format(chain.seq):
-                kind: Kind = "deletion" if int(file.stem) > chain.seq else "reordering"
+            if file.name != SEGMENT_NAME.format(chain.seq):
+                kind: Kind = "deletion" if int(file.stem) > (chain.seq or 0) else "reordering"
                 raise Wrong(kind, f"the file {file.name} stands where {SEGMENT_NAME.format(chain.seq)} was expected")
             yield from lines(file)
 
-    return _verify(stream(), chain, head, known, span)
+    needed = prev is None and not (span and span.begins)
+    return _verify(stream(), chain, head, known, span, Beginning(vouched=needed))
 
 
 def verify_file(
@@ -284,11 +208,16 @@ def verify_file(
 
     Arguments: as for verify_directory. Raises: UserError when the file cannot be read, or ``known`` is not genuine.
     """
-    return _verify(lines(path), Chain(prev=prev), head, known, span)
+    return _verify(lines(path), Chain(prev=prev), head, known, span, Beginning(vouched=False))
 
 
 def _verify(
-    stream: Iterator[bytes], chain: Chain, head: str | None, known: Checkpoint | None, span: Span | None
+    stream: Iterator[bytes],
+    chain: Chain,
+    head: str | None,
+    known: Checkpoint | None,
+    span: Span | None,
+    beginning: Beginning,
 ) -> Report:
     try:
         anchors = Anchors(known)
@@ -304,6 +233,7 @@ def _verify(
             record = chain.follow(line)
             at = record.seq
             anchors.follow(record, chain.head or GENESIS)
+            beginning.follow(record)
             clock.follow(record)
             whole.follow(record)
             if not first:
@@ -315,11 +245,13 @@ def _verify(
             why = "the trail does not end with the expected hash: cut short, or its last record changed"
             raise Wrong("truncation", why)
         anchors.end(part=span is not None and span.ends)
-        if span and (missing := whole.missing(anchors.covered)):
+        if span and (missing := whole.missing(anchors.covered, removed=0 < beginning.vouched <= anchors.covered)):
             raise Wrong("truncation", f"not all records {span.text()} are in here and anchored: {missing}")
+        at = 1
+        beginning.end()
     except ValueError as error:
         kind: Kind = error.kind if isinstance(error, Wrong) else "edit"
-        if kind == "deletion" and any(_number(line) == at for line in stream):
+        if kind == "deletion" and _comes_later(at, stream):
             kind = "reordering"
         problem = Problem(at, kind, str(error))
     except OSError as error:
@@ -332,7 +264,16 @@ def _verify(
         prev=before,
         times=times,
         span=None if problem else span,
+        vouched=beginning.vouched,
     )
+
+
+def _comes_later(seq: int, stream: Iterator[bytes]) -> bool:
+    """Whether a record stands further on, as far as what is left can be read."""
+    try:
+        return any(_number(line) == seq for line in stream)
+    except ValueError:
+        return False
 
 
 def _number(line: bytes) -> int | None:
@@ -361,7 +302,7 @@ def verified(args: argparse.Namespace) -> Report:
     known = read_known(args.known) if args.known else None
     report = verify(path, prev=args.prev, head=args.head, known=known, span=span if span != Span() else None)
     if found := report.problem:
-        hint = f"{report.records} records before it are whole"
+        hint = f"{report.records} records {'before' if found.seq > report.first else 'behind'} it are whole"
         raise UserError(f"record {found.seq}: {found.kind}: {found.why}", hint=hint)
     return report
 

@@ -1,8 +1,9 @@
-"""`holdfast audit`: read, follow, anchor and export the audit trail, and verify a copy of it anywhere."""
+"""`holdfast audit`: read, follow, anchor, export and purge the audit trail, and verify a copy of it anywhere."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
@@ -11,12 +12,13 @@ import msgspec
 
 from vmm.audit.checkpoint import Checkpoint
 from vmm.audit.records import CHECKPOINT, Outcome, Phase, canonical
-from vmm.audit.span import Span, add_span, add_times, asked
+from vmm.audit.rule import Rule
+from vmm.audit.span import Span, add_span, add_times, asked, moment
 from vmm.audit.text import line, whole
 from vmm.audit.verify import add_arguments, verified
 from vmm.cli.client import Api, decoded
 from vmm.cli.command import Commands, add, group, remotely
-from vmm.cli.output import clean, print_json
+from vmm.cli.output import clean, confirm, human_size, print_fields, print_json
 from vmm.errors import UserError
 
 _PAGE = 1000
@@ -30,6 +32,28 @@ Query = Mapping[str, str | int]
 class _Page(msgspec.Struct, frozen=True):
     records: tuple[Record, ...]
     next: int | None = None
+
+
+class _Status(msgspec.Struct, frozen=True):
+    """What is shown of the store; newer hosts may send more."""
+
+    records: int
+    first: int
+    last: int
+    bytes: int
+    quota: int
+    full: bool
+    exported: int
+    rule: Rule
+    segments: int
+    protected: int
+    unprotected: str = ""
+
+
+class _Purged(msgspec.Struct, frozen=True):
+    first: int
+    last: int
+    lost: int
 
 
 def register(commands: Commands) -> None:
@@ -48,6 +72,12 @@ def register(commands: Commands) -> None:
     parser.add_argument("--after", type=int, metavar="N", help="begin behind record N, not with the next that comes")
     _add_choices(parser)
     parser.set_defaults(since="", until="")
+    add(verbs, "status", "show how much the trail holds, and what is kept", remotely(_status))
+    parser = add(verbs, "purge", "delete the oldest records, for auditors only", remotely(_purge))
+    parser.add_argument(
+        "before", help="number, or time (UTC), as 2026-11-23 or 90d for 90 days ago; segments with later records stay"
+    )
+    parser.add_argument("--yes", action="store_true", help="do not ask")
     add(verbs, "anchor", "have the trail anchored and print the checkpoint, for `verify --known`", remotely(_anchor))
     parser = add(verbs, "export", "write records to a file that can be verified by itself", remotely(_export))
     parser.add_argument("file", type=Path, help="made, and not there yet")
@@ -125,6 +155,40 @@ def _print(record: Record, args: argparse.Namespace) -> None:
         print_json(canonical(record))
     else:
         print(whole(record) if args.full else line(record), flush=True)
+async def _status(api: Api, args: argparse.Namespace) -> None:
+    raw, status = await api.get(f"{_AUDIT}/status", _Status)
+    if args.json:
+        print_json(raw)
+        return
+    rule = status.rule
+    percent = 100 * status.bytes // max(status.quota, 1)
+    full = "oldest records go" if rule.when_full == "overwrite" else "calls are refused"
+    protected = f"{status.protected} of {status.segments - 1} sealed segments"
+    print_fields(
+        [
+            ("Records", f"{status.records}, {status.first} to {status.last}" if status.records else "none"),
+            ("Size", f"{human_size(status.bytes)} of {human_size(status.quota)} ({percent} %)"),
+            ("When full", full + (" (now)" if status.full else "")),
+            ("Kept for", f"{rule.keep_days} days" if rule.keep_days else "as long as there is room"),
+            ("Exported", f"up to record {status.exported}" if status.exported else "nothing"),
+            ("fs-verity", protected + (f": {status.unprotected}" if status.unprotected else "")),
+        ]
+    )
+
+
+async def _purge(api: Api, args: argparse.Namespace) -> None:
+    before = int(args.before) if args.before.isdecimal() else moment(args.before)
+    question = f"{api.name} deletes its audit records from before {before}, for good. Go on?"
+    if not args.yes and sys.stdin.isatty() and not confirm(question):
+        raise UserError("nothing was done")
+    raw = await api.request("POST", f"{_AUDIT}/purge", body={"before": before})
+    gone = decoded(raw, _Purged)
+    if args.json:
+        print_json(raw)
+    elif gone.last:
+        print(f"records {gone.first} to {gone.last} are deleted, {gone.lost} of them had not been exported")
+    else:
+        print("nothing is deleted: no sealed segment but the newest holds older records only")
 
 
 async def _anchor(api: Api, args: argparse.Namespace) -> None:
@@ -140,14 +204,14 @@ async def _export(api: Api, args: argparse.Namespace) -> None:
     try:
         with args.file.open("xb") as file:
             try:
-                last = await _write(api, file, after, to)
+                first, last = await _write(api, file, after, to)
             except BaseException:
                 # A part would verify as far as it goes, and look like the whole.
                 args.file.unlink()
                 raise
     except OSError as error:
         raise UserError(f"{args.file}: {error.strerror}") from None
-    print(f"records {after + 1} to {last}, anchored up to record {to} at least")
+    print(f"records {first} to {last}, anchored up to record {to} at least")
 
 
 async def _numbers(api: Api, span: Span, covered: int) -> tuple[int, int]:
@@ -172,13 +236,20 @@ async def _numbers(api: Api, span: Span, covered: int) -> tuple[int, int]:
     return after, last + 1
 
 
-async def _write(api: Api, file: BinaryIO, after: int, to: int) -> int:
-    """Write the records behind ``after`` up to the first checkpoint that covers ``to``; returns its number."""
+async def _write(api: Api, file: BinaryIO, after: int, to: int) -> tuple[int, int]:
+    """Write the records behind ``after`` up to the first checkpoint that covers ``to``; returns the first, the last.
+
+    The first is later than wanted where those before it were deleted.
+    """
+    first = 0
     async for record in _records(api, {}, after, "oldest"):
+        number = int(record["seq"])
+        if first and number != after + 1:
+            raise UserError(f"records {after + 1} to {number - 1} were deleted meanwhile", hint="Export once more.")
         file.write(canonical(record))
-        after = int(record["seq"])
+        first, after = first or number, number
         if _covers(record) >= to:
-            return after
+            return first, after
     raise UserError(f"the trail ends with record {after}, before the checkpoint that covers record {to}")
 
 

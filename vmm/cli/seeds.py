@@ -9,6 +9,7 @@ import uuid
 from pathlib import Path
 
 from vmm import atomic
+from vmm.audit.rule import Rule
 from vmm.cli.command import Commands, add, group
 from vmm.cli.output import clean, print_json
 from vmm.config import gpt, load, seed
@@ -50,6 +51,7 @@ def register(commands: Commands) -> None:
     parser.add_argument(
         "--banner", default="Authorised use only.", help="shown before every session (default: %(default)s)"
     )
+    _add_audit_options(parser)
     _add_update_options(parser)
     parser.add_argument("--out", type=Path, help="file to write (default: standard output)")
     add(verbs, "check", "check a configuration document as the host will", _check).add_argument("file", type=Path)
@@ -60,6 +62,22 @@ def register(commands: Commands) -> None:
     parser.add_argument("seed", type=Path, help="the document")
     parser.add_argument("out", type=Path, help="the new image")
     add(verbs, "show", "print the document in an image or on a stick", _show).add_argument("image", type=Path)
+
+
+def _add_audit_options(parser: argparse.ArgumentParser) -> None:
+    options = parser.add_argument_group("audit", "what is kept of the audit trail")
+    options.add_argument(
+        "--audit-when-full",
+        choices=("overwrite", "refuse"),
+        help="let the oldest records go (default), or refuse what would have to be recorded",
+    )
+    options.add_argument("--audit-keep-days", type=int, metavar="N", help="delete older records (default: never)")
+    options.add_argument("--audit-keep-mib", type=int, metavar="N", help="keep no more (default: the volume's size)")
+
+
+def _audit(args: argparse.Namespace) -> Rule:
+    fields = {"when_full": args.audit_when_full, "keep_days": args.audit_keep_days, "keep_mib": args.audit_keep_mib}
+    return Rule(**{name: value for name, value in fields.items() if value is not None})
 
 
 def _add_update_options(parser: argparse.ArgumentParser) -> None:
@@ -108,6 +126,7 @@ def _create(args: argparse.Namespace) -> None:
         administrators=people,
         time_servers=tuple(args.time_server),
         update=_update(args),
+        audit=_audit(args),
     )
     document = load.encode(config)
     load.decode(document)

@@ -14,7 +14,7 @@ from typing import TypeVar
 import msgspec
 
 from vmm import atomic, paths
-from vmm.audit.client import Entry, Object
+from vmm.audit.client import Entry, Object, Rule
 from vmm.config import render, sources
 from vmm.config.interfaces import describe, is_named, present, resolve
 from vmm.config.load import MAX_DOCUMENT, ConfigurationError, decode, encode
@@ -28,10 +28,15 @@ _NETWORK_FILES = ("10-management.network", "20-op-*.netdev", "21-op-*.network", 
 
 # Writes one audit record durably. Raises: UserError when it cannot.
 Record = Callable[[Entry], object]
+# Tells the audit service what is kept. Raises: UserError when it cannot.
+SetRule = Callable[[Rule], object]
 
 
 def run(
-    record: Record, set_hostname: Callable[[str], None], settle: Callable[[], None] | None = None
+    record: Record,
+    set_hostname: Callable[[str], None],
+    set_rule: SetRule,
+    settle: Callable[[], None] | None = None,
 ) -> Failure | None:
     """Apply the stored configuration or, where there is none, the first seed.
 
@@ -72,13 +77,14 @@ def run(
             atomic.write(paths.STORED_CONFIG, encode(config))
         _write(config, rendered)
         set_hostname(config.hostname)
+        unruled = _set_rule(set_rule, config.audit)
     except sources.SourceError as error:
         return _refuse(record, error, error.source)
     except UserError as error:
         return _refuse(record, error, source)
     except OSError as error:
         return _refuse(record, UserError(f"{error.filename or 'the system'}: {error.strerror}"), source)
-    if problem := problem or unrecorded:
+    if problem := problem or unrecorded or unruled:
         return _report(problem, source)
     paths.CONFIG_ERROR.unlink(missing_ok=True)
     return None
@@ -153,6 +159,15 @@ def _record(record: Record, source: str, *, document: bytes | None = None, reaso
         )
     except UserError as error:
         return UserError(f"the audit trail does not take records: {error.message}", hint=error.hint)
+    return None
+
+
+def _set_rule(set_rule: SetRule, rule: Rule) -> UserError | None:
+    """Returns the error: the audit service goes by the rule that it had before."""
+    try:
+        set_rule(rule)
+    except UserError as error:
+        return UserError(f"the audit service does not take its rule: {error.message}", hint=error.hint)
     return None
 
 

@@ -8,6 +8,8 @@ from typing import Literal
 
 import msgspec
 
+from vmm.audit.rule import Rule
+
 Role = Literal["admin", "auditor", "operator", "user"]
 
 
@@ -86,6 +88,7 @@ class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     administrators: tuple[Administrator, ...]
     time_servers: tuple[str, ...] = ()
     update: Update | None = None
+    audit: Rule = Rule()
 
 
 class Failure(msgspec.Struct, frozen=True):

@@ -104,6 +104,12 @@ class RunProbe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     timeout: Annotated[int, msgspec.Meta(ge=1, le=1800)] = 300
 
 
+class PurgeAudit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The time (ISO 8601, with its zone) or the number before which records are to go."""
+
+    before: Annotated[str, msgspec.Meta(max_length=40)] | Annotated[int, msgspec.Meta(ge=1, le=(1 << 63) - 1)]
+
+
 def decode(value: Any, type: type[T]) -> T:
     """Make typed arguments of JSON values. Raises: UserError beginning with the path of the wrong field."""
     try:

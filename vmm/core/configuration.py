@@ -31,8 +31,11 @@ class AppliedConfiguration:
                 document = msgspec.json.decode(self._path.read_bytes(), type=Configuration)
                 self._administrators = {person.fingerprint: person for person in document.administrators}
                 self._document, self._stamp = document, stamp
-        except (OSError, ValueError):  # msgspec's errors are ValueErrors
+        except FileNotFoundError:
             raise Unavailable("the host has no configuration in force", hint="Its console says why.") from None
+        # Text that is no UTF-8 has an error of its own.
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise Unavailable(f"{self._path} cannot be read: {error}", hint="Its console says why.") from None
         return self._document
 
     def administrator(self, fingerprint: str) -> Administrator:

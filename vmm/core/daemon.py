@@ -79,7 +79,9 @@ class Watch:
             return (False, error.message), (False, error.message)
         anchored, failure = answer["anchored"], answer["anchor_failure"]
         said = f"by {answer['anchor']} up to record {anchored}" if anchored else "soon after the start"
-        return (bool(answer["ok"]), f"{answer['seq']} records"), (not failure, failure or said)
+        # Hosts that were installed before there was fs-verity have a volume without it.
+        unprotected = f"; sealed segments are not under fs-verity: {why}" if (why := answer["unprotected"]) else ""
+        return (bool(answer["ok"]), f"{answer['seq']} records{unprotected}"), (not failure, failure or said)
 
     async def _unknown_verdict(self) -> Verdict:
         try:

@@ -1,7 +1,8 @@
 """From a call to its answer: identify, authorise, audit, do.
 
 A change is done only once its intent is on record, and answered only once its outcome is; reads and refusals are
-answered once they are on record. Without audit nothing is done.
+answered once they are on record. Without audit nothing is done. Only of processes that may not call at all, so many
+calls go on record as the trail can bear.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import msgspec
 
 from vmm import wire
 from vmm.audit.client import Actor, Entry, Object
+from vmm.audit.throttle import Throttle
 from vmm.core.arguments import Caller, Envelope, HostEnvelope, decode
 from vmm.core.configuration import AppliedConfiguration
 from vmm.core.permissions import SYSTEM, Permissions
@@ -25,7 +27,6 @@ from vmm.errors import Forbidden, NotFound, Unavailable, UserError
 MOST_REASON = 1000
 """Characters of a reason that go on record."""
 _UNKNOWN_METHOD = "core.unknown-method"
-_FOREIGN_PEER = "core.foreign-peer"
 _ROOT = 0
 HOST = Actor(id="holdfast", role=SYSTEM)
 """Who acts when the host itself does."""
@@ -43,13 +44,15 @@ class Audit(Protocol):
 class Call:
     """One call on its way through a handler: who makes it, and its name in the records.
 
-    ``object_id`` is the identity of what the handler made, for the outcome record.
+    ``object_id`` is the identity of what the handler made, for the outcome record, and ``outcome`` that record's own
+    fields.
     """
 
     def __init__(self, channel: wire.Channel | None) -> None:
         """Arguments: ``channel`` is None for calls that core itself makes."""
         self._channel = channel
         self.object_id = ""
+        self.outcome: dict[str, Any] = {}
         self.actor = Actor()
         self.request = ""
 
@@ -114,6 +117,7 @@ class Dispatcher:
         self._audit = audit
         self._identify = identify
         self._peers = peers
+        self._strangers = Throttle(audit.append, "core")
         self._running: dict[asyncio.Task[Any], bool] = {}
 
     async def handle(self, request: wire.Request, channel: wire.Channel) -> Any:
@@ -142,17 +146,26 @@ class Dispatcher:
             for task in late:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
+        await self._strangers.close()
 
     async def _handle(self, request: wire.Request, channel: wire.Channel) -> Any:
         peer = channel.peer
         if peer.uid not in self._peers:
-            case = _Case(_FOREIGN_PEER, Actor(id=f"uid {peer.uid}"), Object(), "")
-            raise await self._refuse(case, Forbidden(f"uid {peer.uid} may not call core"))
+            raise self._foreign(peer.uid)
         call = Call(channel)
         # Root needs no certificate, and gets no more than the matrix gives the host itself.
         if peer.uid == _ROOT and "caller" not in request.params:
             return await self._call(request.method, decode(request.params, HostEnvelope), call)
         return await self._call(request.method, decode(request.params, Envelope), call)
+
+    def _foreign(self, uid: int) -> Forbidden:
+        """The error to raise; it is on record soon after, as far as strangers can be let fill the trail."""
+        reason = f"uid {uid} may not call core"
+        actor = Actor(id=f"uid {uid}")
+        self._strangers.report(
+            Entry(type="core.foreign-peer", phase="outcome", actor=actor, outcome="failure", reason=reason)
+        )
+        return Forbidden(reason)
 
     async def _call(self, name: str, envelope: Envelope | HostEnvelope, call: Call) -> Any:
         method = self._methods.get(name)
@@ -225,7 +238,7 @@ class Dispatcher:
             reason, failure = f"an internal error: {type(error).__name__}", error
         if call.object_id:
             case.object = msgspec.structs.replace(case.object, id=call.object_id)
-        case.extra = {}
+        case.extra = call.outcome
         try:
             await self._record(case, reason)
         except Unavailable as error:

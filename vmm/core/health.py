@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
@@ -10,11 +11,25 @@ import msgspec
 
 from vmm.errors import Unavailable
 from vmm.machines.host import Host
-from vmm.paths import AUDIT_STORE, CORE_STATE, ROOT
+from vmm.paths import AUDIT_STORE, CORE_STATE, KERNEL_STATUS, ROOT
 
 _SECURE_BOOT = "sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
 
+_KERNEL_STATUS = str(KERNEL_STATUS.relative_to(ROOT))
+_KERNEL_PATIENCE_S = 60.0
+"""It writes its status every 15 seconds."""
+
 Verdict = tuple[bool, str]
+
+
+class _KernelStatus(msgspec.Struct, frozen=True):
+    """What is read of the reader's status: when it wrote that (monotonic seconds), and how it stands."""
+
+    at: int
+    pid: int
+    problem: str
+    serial: int
+    lost: int
 
 
 class Check(msgspec.Struct, frozen=True):
@@ -57,6 +72,7 @@ class Platform:
             "secure-boot": self._secure_boot,
             "tpm": self._tpm,
             "volumes-encrypted": self._encrypted,
+            "kernel-audit": self._kernel_audit,
         }
         return {name: self._guarded(check) for name, check in checks.items()}
 
@@ -120,6 +136,19 @@ class Platform:
     def _tpm(self) -> Verdict:
         version = self._text("sys/class/tpm/tpm0/tpm_version_major")
         return version == "2", f"TPM {version}"
+
+    def _kernel_audit(self) -> Verdict:
+        """Whether the kernel's audit events are read, as their reader says, if it lives (vmm/kernel/daemon.py)."""
+        try:
+            said = msgspec.json.decode(self._text(_KERNEL_STATUS), type=_KernelStatus)
+        except FileNotFoundError:
+            return False, "the kernel's audit events are not read"
+        except msgspec.DecodeError as error:
+            return False, f"the status of the reader of the kernel's audit events: {error}"
+        alive = (self._root / f"proc/{said.pid}").exists() and time.monotonic() - said.at < _KERNEL_PATIENCE_S
+        if said.problem or not alive:
+            return False, said.problem or "the reader of the kernel's audit events is gone or hangs"
+        return True, f"read up to event {said.serial}; the kernel lost {said.lost}"
 
     def _encrypted(self) -> Verdict:
         plain = [name for name, path in self._volumes.items() if not self._is_encrypted(path)]

@@ -69,6 +69,8 @@ class Handlers:
             "machine.console": Method(a.Named, self._console, "change", "machine", lasts=True),
             "audit.read": Method(Query, self._read_audit, "read", ""),
             "audit.follow": Method(Follow, self._followers.follow, "change", "", lasts=True),
+            "audit.status": Method(a.Nothing, self._audit_status, "read", ""),
+            "audit.purge": Method(a.PurgeAudit, self._purge_audit, "change", ""),
             "audit.anchor": Method(a.Nothing, self._anchor_audit, "change", ""),
             "recovery.fetch": Method(a.Nothing, self._fetch_recovery, "change", ""),
         }
@@ -158,6 +160,14 @@ class Handlers:
 
     async def _read_audit(self, query: Query, _call: Call) -> Any:
         return await self._audit.search(query)
+
+    async def _audit_status(self, _args: arguments.Nothing, _call: Call) -> Any:
+        return await self._audit.status()
+
+    async def _purge_audit(self, args: arguments.PurgeAudit, call: Call) -> Any:
+        gone = await self._audit.purge(args.before, call.request)
+        call.outcome = dict(gone)
+        return gone
 
     async def _anchor_audit(self, _args: arguments.Nothing, _call: Call) -> Any:
         return await self._audit.checkpoint()

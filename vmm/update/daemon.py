@@ -13,6 +13,7 @@ from pathlib import Path
 
 from vmm import wire
 from vmm.audit.client import AuditClient
+from vmm.audit.throttle import Throttle
 from vmm.errors import Unavailable
 from vmm.notify import notify, passed_descriptors
 from vmm.paths import APPLIED_CONFIG, UPDATE_STATE
@@ -106,6 +107,8 @@ def run() -> None:
     here = environment(UPDATE_STATE)
 
     async def main() -> None:
-        await serve(listening(), Service(here, Work(here), core))
+        strangers = Throttle(AuditClient().append, "update")
+        await serve(listening(), Service(here, Work(here), core, strangers))
+        await strangers.close()
 
     asyncio.run(main())

@@ -85,8 +85,10 @@ def check_network() -> None:
     """The management interface has the address it should have. Raises: Unavailable."""
     try:
         configuration = msgspec.json.decode(paths.APPLIED_CONFIG.read_bytes(), type=Configuration)
-    except (OSError, ValueError):
+    except FileNotFoundError:
         raise Unavailable("no configuration is applied") from None
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise Unavailable(f"{paths.APPLIED_CONFIG} cannot be read: {error}") from None
     wanted, found = configuration.management.address, management_addresses(configuration)
     if not found or (wanted != "dhcp" and str(ipaddress.ip_interface(wanted).ip) not in found):
         raise Unavailable(f"the management interface has {', '.join(found) or 'no address'}, not {wanted}")

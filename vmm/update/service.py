@@ -12,6 +12,8 @@ from typing import Any
 import msgspec
 
 from vmm import wire
+from vmm.audit.client import Actor, Entry
+from vmm.audit.throttle import Throttle
 from vmm.errors import Conflict, Forbidden, NotFound, Unavailable, UserError
 from vmm.update import rotation, slots
 from vmm.update.bundle import Unpacker
@@ -41,11 +43,12 @@ _SHOWN = ("time", "type", "version", "outcome", "reason")
 class Service:
     """Answers the calls on the update socket."""
 
-    def __init__(self, environment: Environment, work: Work, allowed: frozenset[int]) -> None:
-        """Arguments: ``allowed`` are the uids that may call, root aside."""
+    def __init__(self, environment: Environment, work: Work, allowed: frozenset[int], strangers: Throttle) -> None:
+        """Arguments: ``allowed`` are the uids that may call, root aside; ``strangers`` records calls of all others."""
         self._env = environment
         self._work = work
         self._allowed = allowed
+        self._strangers = strangers
         self._lock = threading.Lock()
         self._phase: Phase | None = None
         self._job: Job | None = None
@@ -61,7 +64,7 @@ class Service:
         """One call. Raises: UserError."""
         uid = channel.peer.uid
         if uid not in self._allowed and uid not in (0, os.geteuid()):
-            raise Forbidden(f"uid {uid} may not use the updater")
+            raise self._foreign(uid, request.method, f"uid {uid} may not use the updater")
         self._calls += 1
         self.served += 1
         self.quiet.clear()
@@ -70,6 +73,20 @@ class Service:
         finally:
             self._calls -= 1
             self._rest()
+
+    def _foreign(self, uid: int, method: str, reason: str) -> Forbidden:
+        """The error to raise; it is on record soon after."""
+        self._strangers.report(
+            Entry(
+                type="update.foreign-peer",
+                phase="outcome",
+                actor=Actor(id=f"uid {uid}"),
+                outcome="failure",
+                reason=reason,
+                extra={"method": method[:64]},
+            )
+        )
+        return Forbidden(reason)
 
     async def _answer(self, request: wire.Request, channel: wire.Channel, uid: int) -> Any:
         match request.method:
@@ -107,7 +124,7 @@ class Service:
                 return await self._leave(convert(request.params, Leave).how)
             case "settle" | "bless" | "condemn":
                 if uid not in (0, os.geteuid()):
-                    raise Forbidden(f"{request.method} is for the host itself")
+                    raise self._foreign(uid, request.method, f"{request.method} is for the host itself")
                 match request.method:
                     case "settle":
                         return await self._judge(self._work.settle)
