@@ -328,8 +328,8 @@ import json, struct
 client = socket.socket(socket.AF_UNIX)
 client.settimeout(60)
 client.connect("/run/holdfast/update/update.sock")
-said = json.dumps({"method": "apply", "params": {}}).encode()
-client.sendall(struct.pack(">cI", b"Q", len(said)) + said)
+call = json.dumps({"method": "apply", "params": {}}).encode()
+client.sendall(struct.pack(">cI", b"Q", len(call)) + call)
 answer = client.recv(4096)
 assert answer[:1] == b"P" and b"may not use the updater" in answer, answer
 """

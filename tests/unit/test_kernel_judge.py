@@ -132,6 +132,18 @@ def test_what_each_qemu_tries_in_vain_is_no_record() -> None:
     assert not QUIET.fullmatch("/etc/shadow")
 
 
+def test_what_systemd_tries_at_each_start_is_no_record() -> None:
+    """The same file by another program, and another file by the same one, are."""
+
+    def opened(program: str, path: str) -> Finding | None:
+        who = ROOT.replace("/usr/bin/kmod", program)
+        return judged(call(257, "open", -1, who), (1307, 'cwd="/"'), (1302, f'item=0 name="{path}" nametype=NORMAL'))
+
+    assert opened("/usr/lib/systemd/systemd-executor", "/dev/console") is None
+    assert opened("/usr/lib/systemd/systemd-executor", "/etc/shadow") is not None
+    assert opened("/usr/bin/python3.13", "/dev/console") is not None
+
+
 def test_modules() -> None:
     entry = found(call(313, "module", 0, ROOT), (1330, 'name="dummy"'))
     assert (entry.type, entry.outcome, entry.extra["module"]) == ("kernel.module", "success", "dummy")

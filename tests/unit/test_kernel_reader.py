@@ -208,11 +208,25 @@ def test_another_reader_is_told_once_and_succeeded(tmp_path: Path) -> None:
         world.reader.look()
         assert world.said().problem == ""
         world.kernel.waiting.append(Message(netlink.REPLACE, struct.pack("=I", 667)))
+        world.kernel.waiting.append(Message(netlink.REPLACE, struct.pack("=I", os.getpid())))
         world.reader.read()
 
     world = run(tmp_path, body)
     assert [entry.outcome for entry in world.audit.of("kernel.start")] == ["success", "failure", "success"]
     assert [entry.outcome for entry in world.audit.of("kernel.config")] == ["failure"]
+
+
+def test_what_came_among_the_kernels_answers_is_read(tmp_path: Path) -> None:
+    """What the kernel kept for a reader comes while that one still registers; the socket stays silent behind it."""
+
+    async def body(world: World) -> None:
+        world.kernel.say(7, DENIED, (1302, 'name="/etc/shadow"'))
+        world.kernel.ours.recv(4096)
+        world.reader.look()
+        assert world.kernel.waiting == []
+
+    world = run(tmp_path, body)
+    assert [entry.extra["path"] for entry in world.audit.of("kernel.open")] == ["/etc/shadow"]
 
 
 def test_what_the_kernel_lost_is_a_record(tmp_path: Path) -> None:

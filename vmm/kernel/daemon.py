@@ -157,6 +157,8 @@ class Reader:
             count = (status.lost - self._lost) % (1 << 32)
             self._lost = status.lost
             self._report_lost("kernel", count, "its backlog was full")
+        # What came among the kernel's answers makes its socket readable no more.
+        self.read()
         self._say()
 
     def _register(self) -> None:
@@ -187,6 +189,9 @@ class Reader:
         now = self._clock()
         for message in messages:
             if message.type == netlink.REPLACE:
+                # The payload is who asked; the kernel tells it to who asks to be let go, too.
+                if message.text[:4] == os.getpid().to_bytes(4, sys.byteorder):
+                    continue
                 extra: dict[str, object] = {"change": "another process wanted to read the kernel's audit"}
                 self._outbox.report(_own("kernel.config", extra=extra, reason="the kernel refused it", failed=True), "")
             elif (line := parse(message.text)) is not None:

@@ -35,6 +35,14 @@ UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _PROFILE = re.compile(rf"libvirt-({UUID.pattern})(?://.*)?")
 QUIET = re.compile(r"/proc/\d+/cmdline|/dev/shm/lttng-ust-wait-.*|/etc/(?:nsswitch\.conf|passwd|group)")
 """What each QEMU tries and is denied without a record (abstractions/libvirt-qemu, its lines of deny)."""
+_STARTS = frozenset(
+    {
+        ("/usr/lib/systemd/systemd-executor", "/dev/console"),
+        ("/usr/lib/systemd/systemd-networkd", "/sys/fs/bpf"),
+        ("/usr/bin/networkctl", "/proc/1/environ"),
+    }
+)
+"""What systemd's programs try whenever they start, and their own units (DevicePolicy=, User=) keep them from."""
 _QEMU = "/usr/bin/qemu-system-x86_64"
 _TIME_DAEMON = "/usr/lib/systemd/systemd-timesyncd"
 _BESIDE = ("openat", "openat2", "execveat")
@@ -188,6 +196,8 @@ class Judge:
         path = _path(event, call)
         uid = number(call.get("uid"))
         if uid is not None and FIRST_UID <= uid <= LAST_UID and QUIET.fullmatch(path):
+            return None
+        if (text(call.get("exe")), path) in _STARTS:
             return None
         return self._finding("kernel.open", event, call, {"path": path, "call": _called(call), "error": _error(call)})
 

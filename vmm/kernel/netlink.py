@@ -81,7 +81,7 @@ class Link(Protocol):
         """Keep everybody, root included, from changing rules until the host starts again. Raises: Unavailable."""
 
     def receive(self, most: int) -> list[Message]:
-        """Up to ``most`` messages that are there, without waiting."""
+        """Up to ``most`` messages that are there, without waiting, and all that came among answers."""
 
 
 def open_audit() -> socket.socket:
@@ -141,7 +141,7 @@ class Kernel:
 
     def receive(self, most: int) -> list[Message]:
         """See Link."""
-        found, self._early = self._early[:most], self._early[most:]
+        found, self._early = self._early, []
         while len(found) < most and (got := self._take()) is not None:
             type_, _, payload = got
             if type_ >= _FIRST_EVENT:
