@@ -57,7 +57,7 @@ def open_built(folder: Path) -> Built:
         manifest = msgspec.json.decode((folder / "manifest.json").read_bytes(), type=Manifest)
     except FileNotFoundError:
         die(f"{folder} holds no manifest.json", hint="a build leaves its release folder in build/image/release")
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         die(f"{folder / 'manifest.json'}: {error}")
     if manifest.db_append:
         addition.parse(manifest.db_append)

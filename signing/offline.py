@@ -45,7 +45,7 @@ def read_prepared(path: Path) -> tuple[Prepared, Metadata[Root] | Metadata[Targe
         metadata: Metadata[Any] = JSONDeserializer().deserialize(msgspec.json.encode(prepared.metadata))
     except FileNotFoundError:
         die(f"there is no file {path}")
-    except (msgspec.DecodeError, DeserializationError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, DeserializationError) as error:
         die(f"{path} is not what holdfast-release prepare writes: {error}")
     if metadata.signed.type != prepared.role:
         die(f"{path} says role {prepared.role} and holds {metadata.signed.type} metadata")

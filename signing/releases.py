@@ -88,7 +88,7 @@ def offered(repository: Repository, targets: Targets) -> list[Offered]:
         try:
             release = msgspec.json.decode(path.read_bytes(), type=Release)
             offer = msgspec.convert(target.custom, Offer)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: {error}") from None
         own = {other: targets.targets[other] for other in targets.targets if other.startswith(f"{folder}/")}
         for part in parts_of(release).values():

@@ -254,7 +254,7 @@ async def _answer(channel: Channel, handler: Handler) -> bool:
         if kind is not Kind.REQUEST:
             raise ProtocolError(f"expected a request, got {kind.name}")
         request = msgspec.json.decode(payload, type=Request)
-    except (ProtocolError, msgspec.DecodeError):
+    except (ProtocolError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return False
     try:
         result = await handler(request, channel)

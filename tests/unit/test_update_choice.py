@@ -175,6 +175,7 @@ def damaged(change: Callable[[dict[str, Any]], None]) -> bytes:
     [
         (b"", "release.json: 1.1.0"),
         (b"[" * 5000, "release.json: 1.1.0"),
+        (b'{"version": "\xff"}', "release.json: 1.1.0"),
         (damaged(lambda r: r.update(version="1.2.0")), "describes 1.2.0 where 1.1.0"),
         (damaged(lambda r: r.update(root_uuid="00000000-0000-0000-0000-000000000000")), "halves of root_hash"),
         (damaged(lambda r: r.update(epoch=0)), "epoch"),

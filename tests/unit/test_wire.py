@@ -87,3 +87,25 @@ def test_what_is_done_for_somebody_ends_when_he_goes(tmp_path: Path) -> None:
                     await asyncio.sleep(0.005)
 
     asyncio.run(call())
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [b"", b"[]", b"\xff", b'{"method": "\xff"}', b'{"method": "m", "params": {"a": %s' % (b"[" * 100_000)],
+)
+def test_a_request_that_cannot_be_read_ends_its_connection_and_is_no_fault(tmp_path: Path, request_: bytes) -> None:
+    async def nothing(_request: wire.Request, _channel: wire.Channel) -> None:
+        pass
+
+    async def call() -> None:
+        faults: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _loop, context: faults.append(context))
+        async with await wire.serve(tmp_path / "socket", nothing):
+            reader, writer = await asyncio.open_unix_connection(tmp_path / "socket")
+            writer.write(wire.HEADER.pack(wire.Kind.REQUEST.value, len(request_)) + request_)
+            assert await reader.read() == b""
+            writer.close()
+            assert await wire.call(tmp_path / "socket", "next") is None
+        assert faults == []
+
+    asyncio.run(call())

@@ -143,7 +143,7 @@ class Platform:
             said = msgspec.json.decode(self._text(_KERNEL_STATUS), type=_KernelStatus)
         except FileNotFoundError:
             return False, "the kernel's audit events are not read"
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             return False, f"the status of the reader of the kernel's audit events: {error}"
         alive = (self._root / f"proc/{said.pid}").exists() and time.monotonic() - said.at < _KERNEL_PATIENCE_S
         if said.problem or not alive:

@@ -136,7 +136,7 @@ def read_release(content: bytes, version: str) -> Release:
     """A release.json, checked as far as it can be by itself. Raises: Refused."""
     try:
         release = msgspec.json.decode(content, type=Release)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise Refused("release.json", f"{version}: {error}") from None
     if release.version != version:
         raise Refused("release.json", f"it describes {release.version} where {version} is expected")

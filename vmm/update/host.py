@@ -75,5 +75,5 @@ def configuration(path: Path) -> Update | None:
             return msgspec.json.decode(file.read(_MOST), type=_Applied).update
     except FileNotFoundError:
         return None
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise Unavailable(f"{path} cannot be read: {error}") from None

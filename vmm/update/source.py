@@ -177,7 +177,7 @@ class HttpSource:
                     if kind is Kind.RESULT:
                         return msgspec.json.decode(payload, type=FetchResult)
                     raise _error(msgspec.json.decode(payload, type=Problem))
-                except msgspec.MsgspecError:
+                except (msgspec.MsgspecError, UnicodeDecodeError):
                     raise Unavailable("the fetcher's answer cannot be read") from None
 
     def _frame(self, connection: socket.socket) -> tuple[Kind, bytes]:

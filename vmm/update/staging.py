@@ -100,7 +100,7 @@ class Staging:
             content = (self.folder / _RELEASE).read_bytes()
             version = str(msgspec.json.decode(content)["version"])
             return read_release(content, version)
-        except (OSError, UserError, msgspec.MsgspecError, KeyError, TypeError):
+        except (OSError, UserError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError, KeyError, TypeError):
             return None
 
     def clear(self, keep: Iterable[str] = ()) -> None:

@@ -68,7 +68,7 @@ def _size_in(reply: bytes) -> int:
     try:
         result = msgspec.json.decode(reply, type=ImportResult)
         problem = msgspec.convert(result.refused, Problem) if result.refused is not None else None
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError):
         raise Unavailable("the image converter's answer cannot be read") from None
     if problem is not None:
         raise error_of(problem)
