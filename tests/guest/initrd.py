@@ -12,7 +12,7 @@ from pathlib import Path
 from vmm.errors import UserError
 from vmm.process import run
 
-_MODULES = ("virtio_pci", "virtio_blk", "virtio_net", "virtio_rng", "button", "evdev")
+_MODULES = ("virtio_pci", "virtio_blk", "virtio_net", "virtio_rng", "button", "evdev", "pvpanic-mmio")
 _HERE = Path(__file__).parent
 
 

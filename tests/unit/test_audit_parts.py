@@ -28,7 +28,9 @@ PART_ATTACKS: dict[str, tuple[Attack, str, int]] = {
     "edit": (lambda x: [x[0], changed(x[1]), *x[2:]], "edit", 7),
     "edit of the first": (lambda x: [changed(x[0]), *x[1:]], "edit", 6),
     "edit of the first one's link": (
-        lambda x: [canonical(msgspec.structs.replace(parse(x[0]), prev="0" * 96)), *x[1:]], "edit", 6,
+        lambda x: [canonical(msgspec.structs.replace(parse(x[0]), prev="0" * 96)), *x[1:]],
+        "edit",
+        6,
     ),
     "edit, linked anew": (lambda x: relinked([x[0], changed(x[1]), *x[2:]]), "edit", 7),
     "edit of the first, linked anew": (lambda x: relinked([changed(x[0]), *x[1:]]), "edit", 7),

@@ -343,9 +343,7 @@ def test_a_removal_by_a_later_release_asks_for_its_verifier(tmp_path: Path, monk
     assert problem is not None and (problem.kind, problem.seq) == ("unreadable", 1)
 
 
-def test_a_segment_that_the_disk_does_not_give_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_segment_that_the_disk_does_not_give_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So looks what was changed under fs-verity, from outside of the host."""
     store, _ = shortened(tmp_path, monkeypatch)
     file = verify.segments(store)[0]

@@ -21,7 +21,8 @@ ENTRY = Entry(type="machine.unknown")
 V1 = (
     b'{"actor":{"id":"alice","origin":"10.0.2.2:5000","role":"admin"},"boot":"b","extra":{"args":{"name":"web"}},'
     b'"object":{"id":"","kind":"machine","name":"web"},"outcome":"pending","phase":"intent","prev":"'
-    + b"0" * 96
+    + b"0"
+    * 96
     + b'","producer":{"uid":902,"unit":"holdfast-core"},"reason":"","request":"r1","seq":1,'
     b'"time":"2026-11-23T04:05:06.123456Z","type":"machine.start","v":1}\n'
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.test_cli_rig import CONFIGURATION, MACHINE, UUID, VOLUME, FakeApi, enrolled, fake_api, holdfast
+from tests.unit.test_cli_rig import CONFIGURATION, MACHINE, STATS, UUID, VOLUME, FakeApi, enrolled, fake_api, holdfast
 from vmm import process
 from vmm.cli import client, output, settings
 from vmm.errors import Conflict, NotFound, UserError
@@ -129,6 +129,45 @@ def test_what_create_sends(api: FakeApi, capsys: Capture) -> None:
     assert f"UUID:        {UUID}" in capsys.readouterr().out
 
 
+CHANGES: list[tuple[tuple[str, ...], str, dict[str, Any]]] = [
+    (("change", "web", "--cpus", "2", "--memory", "1G"), "change", {"cpus": 2, "memory": 1 << 30}),
+    (("change", "web", "--autostart", "0", "--on-crash", "restart"), "change", {"autostart": 0, "on_crash": "restart"}),
+    (("change", "web", "--no-autostart"), "change", {"autostart": None}),
+    (("change", "web", "--network", "lan"), "change", {"networks": [{"network": "lan"}]}),
+    (("change", "web", "--no-networks"), "change", {"networks": []}),
+    (
+        ("describe", "web", "--description", "", "--tag", "a", "--tag", "b"),
+        "describe",
+        {"description": "", "tags": [*"ab"]},
+    ),
+    (("describe", "web", "--no-tags"), "describe", {"tags": []}),
+    (("rename", "web", "shop"), "rename", {"to": "shop"}),
+]
+
+
+@pytest.mark.parametrize(("arguments", "verb", "body"), CHANGES)
+def test_changes_name_only_what_changes(
+    api: FakeApi, arguments: tuple[str, ...], verb: str, body: dict[str, Any]
+) -> None:
+    api.answers[f"/v1/machines/web/{verb}"] = (200, MACHINE)
+    assert holdfast("vm", *arguments) == 0
+    assert json.loads(api.seen[-1].body) == body
+
+
+def test_machines_of_a_tag_and_what_is_pending(api: FakeApi, capsys: Capture) -> None:
+    blue = {**MACHINE, "name": "blue", "tags": ["blue"], "pending": {"cpus": 4, "networks": []}, "new": "field"}
+    api.answers["/v1/machines"] = (200, [MACHINE, blue])
+    api.answers["/v1/machines/blue"] = (200, blue)
+    capsys.readouterr()
+    holdfast("vm", "list", "--tag", "blue")
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["NAME", "blue"]
+    holdfast("vm", "list", "--tag", "blue", "--json")
+    assert json.loads(capsys.readouterr().out) == [blue]
+    holdfast("vm", "show", "blue")
+    out = capsys.readouterr().out
+    assert "Pending:     4 processors, networks none" in out and "Tags:        blue" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "request_line", "answer"),
     [
@@ -137,6 +176,12 @@ def test_what_create_sends(api: FakeApi, capsys: Capture) -> None:
         (("vm", "stop", "web"), "POST /v1/machines/web/stop?timeout=60", (200, MACHINE)),
         (("vm", "stop", "web", "--timeout", "5"), "POST /v1/machines/web/stop?timeout=5", (200, MACHINE)),
         (("vm", "stop", "web", "--force"), "POST /v1/machines/web/force-off", (200, MACHINE)),
+        (("vm", "pause", "web"), "POST /v1/machines/web/pause", (200, MACHINE)),
+        (("vm", "resume", "web"), "POST /v1/machines/web/resume", (200, MACHINE)),
+        (("vm", "reset", "web"), "POST /v1/machines/web/reset", (200, MACHINE)),
+        (("vm", "suspend", "web"), "POST /v1/machines/web/suspend", (200, MACHINE)),
+        (("vm", "rename", "web", "shop"), "POST /v1/machines/web/rename", (200, MACHINE)),
+        (("vm", "stats", "web"), "GET /v1/machines/web/stats", (200, STATS)),
         (("vm", "delete", "web"), "DELETE /v1/machines/web", (204, None)),
         (("volume", "create", "v1", "--size", "1G"), "POST /v1/volumes", (201, VOLUME)),
         (("volume", "list"), "GET /v1/volumes", (200, [VOLUME])),

@@ -102,7 +102,7 @@ def test_audit_lines_for_people(api: FakeApi, capsys: Capture) -> None:
     capsys.readouterr()
     holdfast("audit", "list", "--after", "2")
     assert capsys.readouterr().out == (
-        '3 2026-11-23T04:05:06.123456Z alice@10.0.2.2:4711 note start machine web: ümläut '
+        "3 2026-11-23T04:05:06.123456Z alice@10.0.2.2:4711 note start machine web: ümläut "
         '\\u001b[2J [a={"b":3,"y":2} z=1]\n'
     )
 
@@ -176,6 +176,8 @@ def test_an_export_says_where_it_begins(api: FakeApi, capsys: Capture, tmp_path:
     capsys.readouterr()
     holdfast("audit", "export", str(tmp_path / "export"))
     assert capsys.readouterr().out.startswith("records 5 to 10, anchored")
+
+
 def printed(capsys: Capture, *arguments: str) -> list[int]:
     """The numbers of the records that a command prints."""
     capsys.readouterr()
@@ -218,6 +220,8 @@ def test_following_prints_what_comes_and_says_how_to_go_on(api: FakeApi, capsys:
     assert [json.loads(line)["seq"] for line in said.out.splitlines()] == [2, 3, 4]
     assert "hint: `--after 4` goes on from here" in said.err
     assert api.paths()[-1] == "GET /v1/audit/follow?type=machine.&after=1"
+    holdfast("vm", "events", "web")
+    assert api.paths()[-1] == "GET /v1/audit/follow?machine=web"
     api.answers["/v1/audit/follow"] = (429, "too many followers")
     with pytest.raises(UserError, match="too many followers"):
         holdfast("audit", "follow")

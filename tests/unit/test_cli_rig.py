@@ -35,6 +35,15 @@ MACHINE = {
     "networks": [{"network": "lan"}],
     "description": "",
 }
+STATS = {
+    "name": "web",
+    "uuid": UUID,
+    "state": "running",
+    "cpu_seconds": 12.345,
+    "memory": 300 << 20,
+    "disks": [{"name": "vda", "read_bytes": 1 << 20, "read_count": 9, "written_bytes": 2 << 20, "written_count": 8}],
+    "networks": [{"name": "vnet0", "read_bytes": 1024, "read_count": 7, "written_bytes": 0, "written_count": 0}],
+}
 VOLUME = {
     "name": "v1",
     "uuid": UUID,

@@ -47,7 +47,19 @@ def test_what_a_guest_must_not_have() -> None:
     devices = root.find("devices")
     assert devices is not None
     assert {device.tag for device in devices} == {
-        *("emulator", "disk", "interface", "serial", "console", "rng", "controller", "memballoon", "audio", "video")
+        *(
+            "emulator",
+            "disk",
+            "interface",
+            "serial",
+            "console",
+            "rng",
+            "controller",
+            "memballoon",
+            "audio",
+            "video",
+            "panic",
+        )
     }
     for path in ("controller[@type='usb'][@model='none']", "memballoon[@model='none']", "audio[@type='none']"):
         assert devices.find(path) is not None

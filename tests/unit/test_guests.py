@@ -11,7 +11,8 @@ from uuid import UUID
 import msgspec
 import pytest
 
-from tests.unit.test_core_rig import FakeAudit, FakeHypervisor, Rig
+from tests.unit.test_core_rig import FakeAudit, Rig
+from tests.unit.test_hypervisor_rig import FakeHypervisor
 from vmm import wire
 from vmm.audit.client import AuditClient
 from vmm.core import stop

@@ -66,9 +66,7 @@ class Volumes:
         asserted = [f"{key}={value}" for key, values in unit.items() if key.startswith("Assert") for value in values]
         if run(["systemd-analyze", "condition", *asserted], check=False).returncode != 0:
             return False
-        return all(
-            run(shlex.split(command), check=False, timeout=10).returncode == 0 for command in unit["ExecStart"]
-        )
+        return all(run(shlex.split(command), check=False, timeout=10).returncode == 0 for command in unit["ExecStart"])
 
 
 @pytest.fixture

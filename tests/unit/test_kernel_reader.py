@@ -352,6 +352,10 @@ def test_what_libvirt_does_is_joined_with_who_asked(tmp_path: Path) -> None:
         world.kernel.say(2, stop("saved"))
         world.kernel.say(3, stop("shutdown"))
         await world.until(lambda: len(world.audit.of("libvirt.control")) == 3)
+        world.audit.operations = {"machine.suspend": "r4"}
+        named = ABOUT.replace('vm="vm1"', f'vm="vm1_{UUID}"')
+        world.kernel.say(7, virt(2500, f"op=stop reason=saved {named} vm-pid=0"))
+        await world.until(lambda: len(world.audit.of("libvirt.control")) == 4)
         world.audit.operations = {"machine.console": "r3"}
         world.kernel.say(4, stop("destroyed"))
         world.kernel.say(5, virt(2501, f'resrc=disk reason=attach {ABOUT} old-disk="?" new-disk="/etc/shadow"'))
@@ -359,7 +363,8 @@ def test_what_libvirt_does_is_joined_with_who_asked(tmp_path: Path) -> None:
         await world.until(lambda: len(world.audit.of("libvirt.unasked")) == 3)
 
     world = run(tmp_path, body)
-    assert [entry.request for entry in world.audit.of("libvirt.control")] == ["r1", "r2", ""]
+    assert [entry.request for entry in world.audit.of("libvirt.control")] == ["r1", "r2", "", "r4"]
+    assert {entry.object.name for entry in world.audit.of("libvirt.control")} == {"vm1"}
     unasked = world.audit.of("libvirt.unasked")
     assert [(entry.extra["serial"], entry.object.id, entry.outcome) for entry in unasked] == [
         *((serial, UUID, "failure") for serial in (4, 5, 6)),

@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 from uuid import UUID, uuid4
 
 import msgspec
@@ -229,12 +230,13 @@ def test_a_uid_is_used_again_as_late_as_possible(rig: Rig, monkeypatch: pytest.M
     asyncio.run(allocate())
 
 
-def test_the_hash_of_a_specification_covers_everything() -> None:
+def test_the_hash_of_hardware_covers_everything() -> None:
     id = uuid4()
-    specs = [SPEC, named("b"), named("web", cpus=2), named("web", memory=MIB), named("web", disks=(Disk("v"),))]
-    assert len({spec.sha256(id) for spec in specs} | {SPEC.sha256(uuid4())}) == 6
+    changes: list[dict[str, Any]] = [{}, {"cpus": 2}, {"memory": MIB}, {"disks": (Disk("v"),)}]
+    specs = [named("web", **change) for change in [*changes, {"networks": (Interface("lan"),)}]]
+    assert len({spec.hardware.sha256(id) for spec in specs} | {SPEC.hardware.sha256(uuid4())}) == 6
     decoded = msgspec.json.decode(msgspec.json.encode(SPEC), type=MachineSpec)
-    assert decoded.sha256(id) == SPEC.sha256(id)
+    assert decoded.hardware.sha256(id) == SPEC.hardware.sha256(id)
 
 
 def test_a_console_needs_a_running_machine(rig: Rig) -> None:

@@ -278,7 +278,7 @@ def test_core_ends_while_resuming(rig: Rig, tmp_path: Path, phase: str) -> None:
         (row,) = await rig.database.run(store.rows)
         if phase == "resuming":
             await rig.database.run(lambda connection: savedrows.use(connection, id))
-        rig.hypervisor.domains[id] = Domain(id, "web", State.PAUSED, row.spec_sha256, row.uid)
+        rig.hypervisor.domains[id] = Domain(id, "web", State.PAUSED, row.running.sha256(id), row.uid)
         await boot(rig, tmp_path, "second", ends=False)
         await rig.machines.look_anew()
         assert await rig.machines.to_resume() == ["web"]

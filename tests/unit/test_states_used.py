@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from vmm import wire
 from vmm.audit.client import AuditClient
 from vmm.core.guests import Guests, recorder
 from vmm.errors import Conflict, Unavailable
-from vmm.machines.types import MachineSpec
+from vmm.machines.types import Hardware
 from vmm.volumes.types import MIB
 
 
@@ -238,9 +239,12 @@ def test_a_fallback_is_on_record_with_its_reason(rig: Rig, tmp_path: Path) -> No
     asyncio.run(life())
 
 
-def test_fields_with_their_default_do_not_change_a_machine() -> None:
-    """A release with a new field still recognises what an older one saved."""
+def test_what_a_guest_does_not_see_does_not_change_its_hardware() -> None:
+    """Nor does a field that has its default: a release with a new one still recognises what an older one saved."""
     id = UUID(int=1)
-    assert MachineSpec("web", 1, 64 * MIB).sha256(id) == MachineSpec("web", 1, 64 * MIB, stop_timeout=120).sha256(id)
-    assert SPEC.sha256(id) != msgspec.structs.replace(SPEC, host_stop="shut-down").sha256(id)
-    assert SPEC.sha256(id) != SPEC.sha256(UUID(int=2))
+    bare = SPEC.hardware
+    assert msgspec.structs.replace(SPEC, name="db", host_stop="shut-down", tags=("a",)).hardware == bare
+    assert bare.sha256(id) != bare.sha256(UUID(int=2))
+    assert Hardware(1, 64 * MIB).sha256(id) == Hardware(1, 64 * MIB, (), ()).sha256(id)
+    said = msgspec.json.encode({"cpus": 1, "memory": 64 * MIB}, order="deterministic")
+    assert Hardware(1, 64 * MIB).sha256(id) == hashlib.sha256(id.bytes + said).hexdigest()

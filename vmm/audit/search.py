@@ -219,9 +219,7 @@ class _Search:
                 f"record {number} of the audit trail is damaged",
                 hint=f"verify a copy of it; before={number} and after={number} read what is around it",
             ) from None
-        return _fits(self._query, record) and (
-            not self.timed or self.since <= str(record.get("time", "")) < self.until
-        )
+        return _fits(self._query, record) and (not self.timed or self.since <= str(record.get("time", "")) < self.until)
 
 
 def _fits(query: Query, record: dict[str, Any]) -> bool:

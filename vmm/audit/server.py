@@ -250,9 +250,7 @@ class Service:
             }
             reason = error.message[:_MOST_REASON]
             actor = Actor(id=unit or f"uid {uid}")
-            self._refusals[unit].report(
-                Entry(type=REFUSED, actor=actor, outcome="failure", reason=reason, extra=extra)
-            )
+            self._refusals[unit].report(Entry(type=REFUSED, actor=actor, outcome="failure", reason=reason, extra=extra))
         return error
 
 

@@ -64,9 +64,7 @@ class Store:
 
     segments: Segments
 
-    def __init__(
-        self, directory: Path, *, producer: Producer, boot: str, clock: Callable[[], Clock] = clock
-    ) -> None:
+    def __init__(self, directory: Path, *, producer: Producer, boot: str, clock: Callable[[], Clock] = clock) -> None:
         """Open the trail: cut a torn last line, verify the newest segment as a whole.
 
         Arguments: ``producer`` stands in the store's own records, ``boot`` in all of them; ``clock`` says what the

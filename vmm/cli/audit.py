@@ -68,7 +68,7 @@ def register(commands: Commands) -> None:
     add_times(parser)
     _add_choices(parser)
     parser.set_defaults(to=None)
-    parser = add(verbs, "follow", "print audit records as they come, until interrupted", remotely(_follow))
+    parser = add(verbs, "follow", "print audit records as they come, until interrupted", remotely(follow))
     parser.add_argument("--after", type=int, metavar="N", help="begin behind record N, not with the next that comes")
     _add_choices(parser)
     parser.set_defaults(since="", until="")
@@ -134,7 +134,16 @@ async def _records(
         most = None if most is None else most - len(page.records)
 
 
-async def _follow(api: Api, args: argparse.Namespace) -> None:
+def add_machine_follow(parser: argparse.ArgumentParser) -> None:
+    """Make the parser of a command that has a machine's name one for follow()."""
+    parser.add_argument("--after", type=int, metavar="N", help="begin behind record N, not with the next that comes")
+    parser.add_argument("--full", action="store_true", help="print every field of each record")
+    others = {name: None for name in _CHOICES if name != "machine"}
+    parser.set_defaults(since="", until="", **others)
+
+
+async def follow(api: Api, args: argparse.Namespace) -> None:
+    """Print records as they come. Raises: UserError when that ends, with how to go on."""
     query = _query(args, Span())
     if args.after is not None:
         query["after"] = args.after
@@ -155,6 +164,8 @@ def _print(record: Record, args: argparse.Namespace) -> None:
         print_json(canonical(record))
     else:
         print(whole(record) if args.full else line(record), flush=True)
+
+
 async def _status(api: Api, args: argparse.Namespace) -> None:
     raw, status = await api.get(f"{_AUDIT}/status", _Status)
     if args.json:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import msgspec
 
-from vmm.cli import terminal
+from vmm.cli import audit, terminal
 from vmm.cli.client import Api, decoded, segment
 from vmm.cli.command import Commands, add, group, remotely
 from vmm.cli.output import human_size, parse_size, print_fields, print_json, print_table
@@ -30,6 +31,31 @@ class _Saved(msgspec.Struct, frozen=True):
     reason: str = ""
 
 
+class _Pending(msgspec.Struct, frozen=True):
+    cpus: int | None = None
+    memory: int | None = None
+    networks: tuple[_Interface, ...] | None = None
+
+
+class _Traffic(msgspec.Struct, frozen=True):
+    name: str
+    read_bytes: int
+    read_count: int
+    written_bytes: int
+    written_count: int
+
+
+class Stats(msgspec.Struct, frozen=True):
+    """What is shown of what a machine uses."""
+
+    name: str
+    state: str
+    cpu_seconds: float
+    memory: int
+    disks: tuple[_Traffic, ...] = ()
+    networks: tuple[_Traffic, ...] = ()
+
+
 class Machine(msgspec.Struct, frozen=True):
     """What the tables show of a machine; newer hosts may send more."""
 
@@ -44,7 +70,11 @@ class Machine(msgspec.Struct, frozen=True):
     created: str = ""
     stop_timeout: int = _HOST_STOP_TIMEOUT_S
     host_stop: str = "shut-down"
+    tags: tuple[str, ...] = ()
+    autostart: int | None = None
+    on_crash: str = "stop"
     saved: _Saved | None = None
+    pending: _Pending | None = None
 
 
 def register(commands: Commands) -> None:
@@ -61,19 +91,10 @@ def register(commands: Commands) -> None:
         "--network", action="append", default=[], metavar="NAME", help="operational network; may be repeated"
     )
     parser.add_argument("--description", default="", metavar="TEXT")
-    parser.add_argument(
-        "--host-stop",
-        choices=("shut-down", "save"),
-        help="when the host stops: press its power button, or save its memory and resume it after (default: shut-down)",
-    )
-    parser.add_argument(
-        "--stop-timeout",
-        type=int,
-        metavar="SECONDS",
-        help="when the host stops: time to be saved, before it is shut down; and to shut down, before it is switched "
-        f"off (default: {_HOST_STOP_TIMEOUT_S})",
-    )
-    add(verbs, "list", "list the virtual machines", remotely(_list))
+    parser.add_argument("--tag", action="append", default=[], metavar="TAG", help="may be repeated")
+    _add_behaviour(parser)
+    parser = add(verbs, "list", "list the virtual machines", remotely(_list))
+    parser.add_argument("--tag", metavar="TAG", help="only those that have it")
     add(verbs, "show", "show a virtual machine", remotely(_show)).add_argument("name")
     add(verbs, "start", "start a virtual machine", remotely(_start)).add_argument("name")
     parser = add(verbs, "stop", "ask a virtual machine to shut down, and wait for it", remotely(_stop))
@@ -88,6 +109,41 @@ def register(commands: Commands) -> None:
         metavar="SECONDS",
         help=f"how long to wait (default: {_STOP_TIMEOUT_S})",
     )
+    for verb, help in (
+        ("pause", "let a running virtual machine stand still, with all it has in memory"),
+        ("resume", "let a paused virtual machine go on"),
+        ("reset", "press a virtual machine's reset button: its system starts anew, unprepared"),
+        ("suspend", "save what a virtual machine has in memory, and end it; its next start goes on from there"),
+    ):
+        parser = add(verbs, verb, help, remotely(_operate))
+        parser.add_argument("name")
+        parser.set_defaults(verb=verb)
+    add(verbs, "stats", "show what a virtual machine has used since its start", remotely(_stats)).add_argument("name")
+    parser = add(verbs, "events", "print audit records about a virtual machine as they come", remotely(audit.follow))
+    parser.add_argument("machine", metavar="name")
+    audit.add_machine_follow(parser)
+    parser = add(verbs, "rename", "give a virtual machine another name, even while it runs", remotely(_rename))
+    parser.add_argument("name")
+    parser.add_argument("to", metavar="NEW-NAME")
+    parser = add(verbs, "describe", "change a virtual machine's description or tags", remotely(_describe))
+    parser.add_argument("name")
+    parser.add_argument("--description", metavar="TEXT")
+    tags = parser.add_mutually_exclusive_group()
+    tags.add_argument("--tag", action="append", metavar="TAG", help="instead of those that it has; may be repeated")
+    tags.add_argument("--no-tags", action="store_true")
+    parser = add(
+        verbs,
+        "change",
+        "change a virtual machine; processors, memory and networks of one that runs change with its next start",
+        remotely(_change),
+    )
+    parser.add_argument("name")
+    parser.add_argument("--cpus", type=int, metavar="N", help="virtual processors")
+    parser.add_argument("--memory", metavar="SIZE", help="as 512M or 4G")
+    networks = parser.add_mutually_exclusive_group()
+    networks.add_argument("--network", action="append", metavar="NAME", help="instead of its own; may be repeated")
+    networks.add_argument("--no-networks", action="store_true")
+    _add_behaviour(parser).add_argument("--no-autostart", action="store_true", help="do not start it with the host")
     parser = add(
         verbs,
         "console",
@@ -100,6 +156,36 @@ def register(commands: Commands) -> None:
     add(verbs, "delete", "delete a stopped virtual machine; its volumes stay", remotely(_delete)).add_argument("name")
 
 
+def _add_behaviour(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
+    """The options for what a machine does by itself; returns the group of those on autostart."""
+    parser.add_argument(
+        "--host-stop",
+        choices=("shut-down", "save"),
+        help="when the host stops: press its power button, or save its memory and resume it after (default: shut-down)",
+    )
+    parser.add_argument(
+        "--stop-timeout",
+        type=int,
+        metavar="SECONDS",
+        help="when the host stops: time to be saved, before it is shut down; and to shut down, before it is switched "
+        f"off (default: {_HOST_STOP_TIMEOUT_S})",
+    )
+    parser.add_argument(
+        "--on-crash",
+        choices=("stop", "restart"),
+        help="when its QEMU dies or its system panics: leave it off, or start it again, at most three times within "
+        "ten minutes (default: stop)",
+    )
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--autostart", type=int, metavar="ORDER", help="start it with the host, lower numbers first")
+    return group
+
+
+def _behaviour(args: argparse.Namespace) -> dict[str, Any]:
+    named = ("host_stop", "stop_timeout", "on_crash", "autostart")
+    return {name: getattr(args, name) for name in named if getattr(args, name) is not None}
+
+
 async def _create(api: Api, args: argparse.Namespace) -> None:
     spec = {
         "name": args.name,
@@ -109,15 +195,19 @@ async def _create(api: Api, args: argparse.Namespace) -> None:
         "networks": [{"network": network} for network in args.network],
         "description": args.description,
     }
-    if args.host_stop is not None:
-        spec["host_stop"] = args.host_stop
-    if args.stop_timeout is not None:
-        spec["stop_timeout"] = args.stop_timeout
+    if args.tag:
+        spec["tags"] = args.tag
+    spec.update(_behaviour(args))
     _print(await api.request("POST", "/v1/machines", body=spec), args)
 
 
 async def _list(api: Api, args: argparse.Namespace) -> None:
     raw, machines = await api.get("/v1/machines", tuple[Machine, ...])
+    if args.tag is not None:
+        # With all their fields, also those that are not known here.
+        whole = msgspec.json.decode(raw)
+        raw = msgspec.json.encode([one for one in whole if args.tag in one.get("tags", ())]) + b"\n"
+        machines = tuple(machine for machine in machines if args.tag in machine.tags)
     if args.json:
         print_json(raw)
         return
@@ -146,6 +236,58 @@ async def _stop(api: Api, args: argparse.Namespace) -> None:
     _print(raw, args)
 
 
+async def _operate(api: Api, args: argparse.Namespace) -> None:
+    _print(await api.request("POST", f"{_path(args)}/{args.verb}"), args)
+
+
+async def _stats(api: Api, args: argparse.Namespace) -> None:
+    raw = await api.request("GET", f"{_path(args)}/stats")
+    if args.json:
+        print_json(raw)
+        return
+    stats = decoded(raw, Stats)
+    print_fields(
+        [
+            ("Name", stats.name),
+            ("State", stats.state),
+            ("CPU time", f"{stats.cpu_seconds:.1f} s"),
+            ("Memory of the host", human_size(stats.memory)),
+            *((f"Disk {one.name}", _traffic(one, "read", "written")) for one in stats.disks),
+            *((f"Network {one.name}", _traffic(one, "received", "sent")) for one in stats.networks),
+        ]
+    )
+
+
+def _traffic(one: _Traffic, read: str, written: str) -> str:
+    return f"{human_size(one.read_bytes)} {read}, {human_size(one.written_bytes)} {written}"
+
+
+async def _rename(api: Api, args: argparse.Namespace) -> None:
+    _print(await api.request("POST", f"{_path(args)}/rename", body={"to": args.to}), args)
+
+
+async def _describe(api: Api, args: argparse.Namespace) -> None:
+    body: dict[str, Any] = {}
+    if args.description is not None:
+        body["description"] = args.description
+    if args.tag or args.no_tags:
+        body["tags"] = args.tag or []
+    _print(await api.request("POST", f"{_path(args)}/describe", body=body), args)
+
+
+async def _change(api: Api, args: argparse.Namespace) -> None:
+    body = _behaviour(args)
+    if args.no_autostart:
+        body["autostart"] = None
+    if args.cpus is not None:
+        body["cpus"] = args.cpus
+    if args.memory is not None:
+        body["memory"] = parse_size(args.memory)
+    if args.network or args.no_networks:
+        body["networks"] = [{"network": network} for network in args.network or []]
+    _print(await api.request("POST", f"{_path(args)}/change", body=body), args)
+
+
 async def _console(api: Api, args: argparse.Namespace) -> int:
     socket = await api.websocket(f"{_path(args)}/console")
     return await terminal.attach(socket, log_only=args.log_only, timeout=args.timeout)
@@ -165,6 +307,17 @@ def _host_stop(machine: Machine) -> str:
     if machine.host_stop == "save":
         return f"saved within {machine.stop_timeout} s, or shut down; resumed after"
     return f"{machine.stop_timeout} s to shut down, started again after"
+
+
+def _pending(pending: _Pending | None) -> str:
+    if pending is None:
+        return "nothing"
+    cpus = f"{pending.cpus} processors" if pending.cpus is not None else ""
+    memory = f"{human_size(pending.memory)} memory" if pending.memory is not None else ""
+    networks = ""
+    if pending.networks is not None:
+        networks = "networks " + (", ".join(one.network for one in pending.networks) or "none")
+    return ", ".join(filter(None, (cpus, memory, networks))) or "a change that this command does not know"
 
 
 def _saved(saved: _Saved | None) -> str:
@@ -190,6 +343,10 @@ def _print(raw: bytes, args: argparse.Namespace) -> None:
             ("Networks", ", ".join(interface.network for interface in machine.networks) or "none"),
             ("Host stops", _host_stop(machine)),
             ("Saved state", _saved(machine.saved)),
+            ("Pending", _pending(machine.pending)),
+            ("Autostart", "no" if machine.autostart is None else f"with the host, order {machine.autostart}"),
+            ("On crash", machine.on_crash),
+            ("Tags", ", ".join(machine.tags) or "none"),
             ("Created", machine.created or "-"),
             ("Description", machine.description or "-"),
         ]

@@ -21,6 +21,7 @@ from vmm.core.dispatch import Audit, Dispatcher
 from vmm.core.guests import Guests, recorder
 from vmm.core.health import Health, Platform, Verdict, judge
 from vmm.core.host_methods import HostHandlers
+from vmm.core.machine_methods import MachineHandlers
 from vmm.core.methods import Handlers
 from vmm.core.permissions import Permissions
 from vmm.core.recovery import Recovery
@@ -28,8 +29,10 @@ from vmm.core.updates import UpdateClient
 from vmm.errors import Unavailable, UserError
 from vmm.hypervisor.driver import LibvirtHypervisor
 from vmm.hypervisor.types import Domain, Hypervisor
+from vmm.machines.changes import Changes
 from vmm.machines.host import Host
 from vmm.machines.nvram import Nvram
+from vmm.machines.power import Power
 from vmm.machines.probe import Probe
 from vmm.machines.service import Machines
 from vmm.machines.states import States
@@ -136,7 +139,8 @@ async def serve() -> None:
     updater = UpdateClient()
     guests = Guests(machines, hypervisor, audit)
     probe = Probe(database, hypervisor, host, nvram, machines, CORE_STATE / "probe")
-    methods = handlers.table() | HostHandlers(updater, guests, probe).table()
+    machine_handlers = MachineHandlers(machines, Power(machines, hypervisor), Changes(machines, database))
+    methods = handlers.table() | machine_handlers.table() | HostHandlers(updater, guests, probe).table()
     dispatcher = Dispatcher(methods, Permissions(), configuration, audit, handlers.identify, peers=_peers())
     server = await wire.serve(CORE_SOCKET, dispatcher.handle, mode=0o666)
     automatic = AutoUpdate(configuration, updater, dispatcher.perform)

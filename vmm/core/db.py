@@ -13,7 +13,7 @@ from vmm.errors import UserError
 
 T = TypeVar("T")
 
-VERSION = 3
+VERSION = 4
 
 
 class Database:

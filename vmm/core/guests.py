@@ -1,4 +1,4 @@
-"""Guests over a stop of the host: saved or shut down before it, started again after it."""
+"""Guests over a stop of the host: saved or shut down before it, started again after it; and after their crashes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from vmm.audit.client import AuditClient, Entry, Object
 from vmm.core.dispatch import HOST, MOST_REASON, OPERATION
 from vmm.errors import NotFound, Unavailable, UserError
 from vmm.hypervisor.types import Hypervisor
+from vmm.machines.crashrows import Crash
 from vmm.machines.service import Machines
 from vmm.machines.states import Record, Recorded
 from vmm.machines.store import MOST_TRIES
@@ -50,8 +51,9 @@ class Guests:
         self._stopping = asyncio.Lock()
 
     def begin(self, perform: Perform) -> None:
-        """Start, in the background, what ran when the host stopped."""
+        """Start, in the background, what ran when the host stopped; and what crashes, from here on."""
         self._perform = perform
+        self._machines.on_crash = self.crashed
         self._resume_soon()
 
     async def stop(self) -> list[Stopped]:
@@ -79,6 +81,25 @@ class Guests:
             await self._audit.append(entry)
         except Unavailable as error:
             _say(f"{one.name}: {entry.reason}; not recorded: {error.message}")
+
+    async def crashed(self, crash: Crash) -> None:
+        """Put a crash on record and start the machine again, if it is to be."""
+        entry = Entry(
+            type="machine.crash",
+            actor=HOST,
+            object=Object(kind="machine", id=str(crash.id), name=crash.name),
+            outcome="failure",
+            reason=crash.reason,
+            extra={"crashes": crash.count, "restarts": crash.restarts},
+        )
+        try:
+            await self._audit.append(entry)
+        except Unavailable as error:
+            _say(f"{crash.name}: {entry.reason}; not recorded: {error.message}")
+        if crash.restarts:
+            await self._try(crash.name)
+            # It has further tries if that failed.
+            self._resume_soon()
 
     async def stay(self) -> None:
         """The host does not stop after all: start again what was stopped."""

@@ -1,6 +1,6 @@
 """The table of methods: what core does for its callers. permissions.json says for whom.
 
-Those that concern the host as a whole stand in vmm.core.host_methods.
+Those of machines stand in vmm.core.machine_methods, those that concern the host as a whole in vmm.core.host_methods.
 """
 
 from __future__ import annotations
@@ -9,9 +9,6 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import msgspec
-
-from vmm import wire
 from vmm.audit.client import AuditClient
 from vmm.audit.search import Query
 from vmm.core import arguments, version
@@ -21,9 +18,7 @@ from vmm.core.follow import Follow, Followers
 from vmm.core.health import Health
 from vmm.core.recovery import Recovery
 from vmm.errors import NotFound
-from vmm.hypervisor.types import Console
 from vmm.machines.service import Machines
-from vmm.machines.types import MachineSpec
 from vmm.volumes.service import Volumes
 
 
@@ -59,14 +54,6 @@ class Handlers:
             "volume.create": Method(a.CreateVolume, self._create_volume, "change", "volume"),
             "volume.upload": Method(a.UploadVolume, self._upload_volume, "change", "volume"),
             "volume.delete": Method(a.Named, self._delete_volume, "change", "volume"),
-            "machine.list": Method(a.Nothing, self._list_machines, "read", ""),
-            "machine.show": Method(a.Named, self._show_machine, "read", "machine"),
-            "machine.create": Method(MachineSpec, self._create_machine, "change", "machine"),
-            "machine.delete": Method(a.Named, self._delete_machine, "change", "machine"),
-            "machine.start": Method(a.Named, self._start_machine, "change", "machine"),
-            "machine.stop": Method(a.Stop, self._stop_machine, "change", "machine"),
-            "machine.force-off": Method(a.Named, self._force_off_machine, "change", "machine"),
-            "machine.console": Method(a.Named, self._console, "change", "machine", lasts=True),
             "audit.read": Method(Query, self._read_audit, "read", ""),
             "audit.follow": Method(Follow, self._followers.follow, "change", "", lasts=True),
             "audit.status": Method(a.Nothing, self._audit_status, "read", ""),
@@ -112,52 +99,6 @@ class Handlers:
         await self._volumes.delete(args.name)
         return {}
 
-    async def _list_machines(self, _args: arguments.Nothing, _call: Call) -> Any:
-        return await self._machines.list_all()
-
-    async def _show_machine(self, args: arguments.Named, _call: Call) -> Any:
-        return await self._machines.show(args.name)
-
-    async def _create_machine(self, spec: MachineSpec, call: Call) -> Any:
-        machine = await self._machines.create(spec)
-        call.object_id = machine.uuid
-        return machine
-
-    async def _delete_machine(self, args: arguments.Named, _call: Call) -> Any:
-        await self._machines.delete(args.name)
-        return {}
-
-    async def _start_machine(self, args: arguments.Named, _call: Call) -> Any:
-        return await self._machines.start(args.name)
-
-    async def _stop_machine(self, args: arguments.Stop, _call: Call) -> Any:
-        return await self._machines.stop(args.name, args.timeout)
-
-    async def _force_off_machine(self, args: arguments.Named, _call: Call) -> Any:
-        return await self._machines.force_off(args.name)
-
-    async def _console(self, args: arguments.Named, call: Call) -> Any:
-        """The first data frame says which machine it is, as JSON; then come the console's bytes, both ways."""
-        machine, console = await self._machines.open_console(args.name)
-        try:
-            greeting = {"machine": machine.name, "uuid": machine.uuid}
-            await call.channel.send_data(msgspec.json.encode(greeting))
-            directions = [
-                asyncio.create_task(_from_console(console, call.channel)),
-                asyncio.create_task(_to_console(console, call.channel)),
-            ]
-            try:
-                await asyncio.wait(directions, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                for direction in directions:
-                    direction.cancel()
-                await asyncio.gather(*directions, return_exceptions=True)
-        except ConnectionError:
-            pass  # whoever watched has gone: the end of every console
-        finally:
-            await console.close()
-        return {}
-
     async def _read_audit(self, query: Query, _call: Call) -> Any:
         return await self._audit.search(query)
 
@@ -174,16 +115,3 @@ class Handlers:
 
     async def _fetch_recovery(self, _args: arguments.Nothing, _call: Call) -> Any:
         return {"keys": await asyncio.to_thread(self._recovery.fetch)}
-
-
-async def _from_console(console: Console, channel: wire.Channel) -> None:
-    while data := await console.read():
-        await channel.send_data(data)
-
-
-async def _to_console(console: Console, channel: wire.Channel) -> None:
-    try:
-        async for data in channel.data():
-            await console.write(data)
-    except (wire.ProtocolError, ConnectionError):
-        pass  # either end has gone

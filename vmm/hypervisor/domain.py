@@ -57,6 +57,11 @@ def mac_address(uuid: UUID, index: int) -> str:
     return "52:54:00:" + digest[:3].hex(":")
 
 
+def domain_name(name: str, uuid: UUID) -> str:
+    """What libvirt calls a machine's domain: unique, even if one was renamed and another has its old name."""
+    return f"{name}_{uuid}"
+
+
 def render(parameters: DomainParameters) -> str:
     """The domain XML for one start of a machine.
 

@@ -24,7 +24,8 @@ import libvirt
 from vmm.errors import Conflict, NotFound, Unavailable, UserError
 from vmm.hypervisor.console import StreamConsole
 from vmm.hypervisor.domain import NAMESPACE
-from vmm.hypervisor.types import Domain, Listener, State
+from vmm.hypervisor.types import Domain, Listener, State, Usage
+from vmm.hypervisor.usage import usage_of
 
 T = TypeVar("T")
 
@@ -52,6 +53,12 @@ _EVENT_STATES = {
     libvirt.VIR_DOMAIN_EVENT_SHUTDOWN: State.STOPPING,
     libvirt.VIR_DOMAIN_EVENT_CRASHED: State.CRASHED,
     libvirt.VIR_DOMAIN_EVENT_STOPPED: State.STOPPED,
+}
+_CRASHES = {
+    # Its QEMU went without saying that the guest shut down.
+    (libvirt.VIR_DOMAIN_EVENT_STOPPED, libvirt.VIR_DOMAIN_EVENT_STOPPED_FAILED),
+    (libvirt.VIR_DOMAIN_EVENT_STOPPED, libvirt.VIR_DOMAIN_EVENT_STOPPED_CRASHED),
+    (libvirt.VIR_DOMAIN_EVENT_CRASHED, libvirt.VIR_DOMAIN_EVENT_CRASHED_PANICKED),
 }
 _BROKEN = {
     libvirt.VIR_ERR_INTERNAL_ERROR,
@@ -120,6 +127,31 @@ class LibvirtHypervisor:
     async def resume(self, uuid: UUID) -> None:
         """Let a paused domain run. Raises: NotFound when it is gone."""
         await self._on_domain(uuid, lambda domain: domain.resume())
+
+    async def pause(self, uuid: UUID) -> None:
+        """Let a domain's processors stand still until resume(). Raises: NotFound when it does not run."""
+        await self._on_domain(uuid, lambda domain: domain.suspend())
+
+    async def reset(self, uuid: UUID) -> None:
+        """Press the reset button. Raises: NotFound when it does not run."""
+        await self._on_domain(uuid, lambda domain: domain.reset())
+
+    async def usage(self, uuid: UUID) -> Usage:
+        """What a domain uses. Raises: NotFound when it does not run."""
+        wanted = (
+            libvirt.VIR_DOMAIN_STATS_CPU_TOTAL
+            | libvirt.VIR_DOMAIN_STATS_BALLOON
+            | libvirt.VIR_DOMAIN_STATS_BLOCK
+            | libvirt.VIR_DOMAIN_STATS_INTERFACE
+        )
+
+        def ask(connection: Any) -> Usage:
+            answers = connection.domainListGetStats([connection.lookupByUUID(uuid.bytes)], wanted)
+            if not answers:
+                raise NotFound("the machine does not run")
+            return usage_of(answers[0][1])
+
+        return await self._call(ask)
 
     async def shutdown(self, uuid: UUID) -> None:
         """Press the guest's power button. Raises: NotFound when it does not run."""
@@ -252,7 +284,7 @@ class LibvirtHypervisor:
                 wait = min(wait * 2, _BACKOFF_MOST_S)
                 continue
             # Whatever happened in between was missed.
-            self._notify(None, State.RUNNING)
+            self._notify(None, State.RUNNING, False)
             return
 
     def _open(self) -> Any:
@@ -267,17 +299,17 @@ class LibvirtHypervisor:
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._drop, connection)
 
-    def _on_event(self, _connection: Any, domain: Any, event: int, _detail: int, _opaque: Any) -> None:
+    def _on_event(self, _connection: Any, domain: Any, event: int, detail: int, _opaque: Any) -> None:
         """Called in libvirt's thread."""
         state = _EVENT_STATES.get(event)
         if state is not None:
             uuid = UUID(bytes=domain.UUID())
             with suppress(RuntimeError):  # the loop is closing: nobody listens any more
-                self._loop.call_soon_threadsafe(self._notify, uuid, state)
+                self._loop.call_soon_threadsafe(self._notify, uuid, state, (event, detail) in _CRASHES)
 
-    def _notify(self, uuid: UUID | None, state: State) -> None:
+    def _notify(self, uuid: UUID | None, state: State, crashed: bool) -> None:
         for listener in self._listeners:
-            listener(uuid, state)
+            listener(uuid, state, crashed)
 
     @staticmethod
     def _new_pool() -> concurrent.futures.ThreadPoolExecutor:

@@ -31,8 +31,33 @@ class Domain:
     uid: int | None
 
 
-Listener = Callable[[UUID | None, State], None]
-"""Called in the event loop with a domain that changed; with None when events may have been missed."""
+@dataclass(frozen=True)
+class Traffic:
+    """What went through one disk or network card since the domain's start, in bytes and requests or packets.
+
+    ``read`` is what the guest read or received.
+    """
+
+    name: str
+    read_bytes: int
+    read_count: int
+    written_bytes: int
+    written_count: int
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a domain uses: ``cpu_ns`` nanoseconds of processors since its start, ``resident`` bytes of memory now."""
+
+    cpu_ns: int
+    resident: int
+    disks: tuple[Traffic, ...]
+    networks: tuple[Traffic, ...]
+
+
+Listener = Callable[[UUID | None, State, bool], None]
+"""Called in the event loop with a domain that changed, and whether that was its crash; with None when events may have
+been missed."""
 
 
 class Console(Protocol):
@@ -66,6 +91,15 @@ class Hypervisor(Protocol):
 
     async def resume(self, uuid: UUID) -> None:
         """Let a paused domain run. Raises: NotFound."""
+
+    async def pause(self, uuid: UUID) -> None:
+        """Let a domain's processors stand still until resume(). Raises: NotFound."""
+
+    async def reset(self, uuid: UUID) -> None:
+        """Press the reset button: the guest starts anew in the same domain. Raises: NotFound."""
+
+    async def usage(self, uuid: UUID) -> Usage:
+        """What a domain uses. Raises: NotFound."""
 
     async def shutdown(self, uuid: UUID) -> None:
         """Press the guest's power button; its end arrives as an event. Raises: NotFound."""

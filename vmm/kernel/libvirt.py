@@ -19,7 +19,7 @@ _STOPS = ("host.stop-guests", "host.reboot", "host.shutdown")
 ASKED: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("start", "booted"): ("machine.start", "gate.probe"),
     ("start", "restored"): ("machine.start",),
-    ("stop", "saved"): _STOPS,
+    ("stop", "saved"): ("machine.suspend", *_STOPS),
     # A start that fails on the way ends what it has begun.
     ("stop", "destroyed"): ("machine.stop", "machine.force-off", "machine.start", "gate.probe", *_STOPS),
 }
@@ -32,6 +32,8 @@ _QUIET = frozenset({"cgroup"})
 """Resources that say the same at each start: the devices that qemu.conf lets guests open."""
 
 _LABEL = re.compile(r"\+?(\d{1,6})(?::.*)?")
+_BEHIND_NAME = re.compile(rf"_{UUID.pattern}\Z")
+"""What libvirt's names of domains have behind those of their machines (vmm.hypervisor.domain)."""
 _LIBVIRT = "libvirtd"
 _MOST_GUESTS = 256
 _MOST_RESOURCES = 24
@@ -126,7 +128,7 @@ class Gatherer:
         entry = Entry(
             type=type,
             actor=Actor(id="libvirtd") if not reason else Actor(id=f"uid {known['uid']}"),
-            object=Object(kind="machine", id=uuid, name=text(line.said.get("vm"))[:63]),
+            object=Object(kind="machine", id=uuid, name=_BEHIND_NAME.sub("", text(line.said.get("vm")))[:63]),
             outcome="failure" if failed else "success",
             reason=reason,
             extra={name: value for name, value in known.items() if value not in (None, "", [])},

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from uuid import UUID, uuid4
-from weakref import WeakValueDictionary
 
 from vmm.clock import rfc3339
 from vmm.errors import Conflict, NotFound, Unavailable, UserError
-from vmm.hypervisor import domain
 from vmm.hypervisor.types import Console, Domain, Hypervisor, State
-from vmm.machines import store
+from vmm.machines import crashrows, store
+from vmm.machines.crashrows import Crash
 from vmm.machines.ends import Ends
 from vmm.machines.host import Host
 from vmm.machines.nvram import Nvram
+from vmm.machines.plans import Networks, Plans
 from vmm.machines.states import States
+from vmm.machines.turns import Turns
 from vmm.machines.types import Machine, MachineSpec, Stopped
 from vmm.machines.view import is_ours, left_behind, need, view
 from vmm.volumes.store import Database
-
-Networks = Callable[[], dict[str, str]]
-"""The operational networks of the configuration in force: name → bridge."""
 
 
 class Machines:
@@ -45,18 +43,21 @@ class Machines:
         self._hypervisor = hypervisor
         self._host = host
         self._nvram = nvram
-        self._volume_path = volume_path
-        self._networks = networks
+        self.plans = Plans(host, nvram, volume_path, networks)
         self._states = states
-        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self.turns = Turns(database)
         self._starting: dict[UUID, int] = {}
         self._ends = Ends()
         # Machines whose stop was asked for and is waited for.
         self._unwanted: set[UUID] = set()
+        # Machines that are being suspended, and what is set when that has ended.
+        self._suspending: dict[UUID, asyncio.Event] = {}
         self._host_stops = False
         self._tasks: set[asyncio.Task[None]] = set()
         # Domains that run for the host itself, for a moment, and are no machines.
         self.own_domains: set[UUID] = set()
+        # Told of each crash, once it is noted.
+        self.on_crash: Callable[[Crash], Awaitable[None]] | None = None
         hypervisor.subscribe(self._on_change)
 
     async def recover(self) -> None:
@@ -73,32 +74,34 @@ class Machines:
     async def unknown(self) -> list[Domain]:
         """Domains that run without being, or no longer being, a machine as stored. Raises: Unavailable."""
         own = set(self.own_domains)
-        rows = {row.id: row for row in await self._database.run(store.rows)}
+        before = {row.id: row for row in await self._database.run(store.rows)}
         domains = (await self._hypervisor.list()).values()
         own |= self.own_domains
-        return [found for found in domains if found.uuid not in own and not is_ours(rows.get(found.uuid), found)]
+        # Meanwhile a machine may have been deleted, or started with other hardware than before.
+        after = {row.id: row for row in await self._database.run(store.rows)}
+        own |= {one.uuid for one in domains if is_ours(before.get(one.uuid), one) or is_ours(after.get(one.uuid), one)}
+        return [found for found in domains if found.uuid not in own]
 
     async def list_all(self) -> list[Machine]:
         """Every machine, by name, with what it does now. Raises: Unavailable."""
-        rows = await self._database.run(store.rows)
+        # In this order: what runs from a saved state has that in its row before it does.
         domains = await self._hypervisor.list()
+        rows = await self._database.run(store.rows)
         return [view(row, domains[row.id].state if row.id in domains else State.STOPPED) for row in rows]
 
     async def show(self, name: str) -> Machine:
         """One machine with what it does now. Raises: NotFound, Unavailable."""
-        row = await self._row(name)
-        return view(row, await self._hypervisor.state(row.id))
+        return await self.view((await self.turns.stored(name)).id)
 
     async def uuid(self, name: str) -> str:
         """The id of a machine. Raises: NotFound."""
-        return str((await self._row(name)).id)
+        return str((await self.turns.stored(name)).id)
 
     async def create(self, spec: MachineSpec) -> Machine:
         """Add a machine, which does not run yet. Raises: UserError naming the field; Conflict; Unavailable."""
-        self._check(spec)
+        self.plans.check(spec.hardware)
         created = rfc3339(time.time())
-        async with self._lock(spec.name):
-            row = await self._database.run(partial(store.insert, id=uuid4(), spec=spec, created=created))
+        row = await self._database.run(partial(store.insert, id=uuid4(), spec=spec, created=created))
         return view(row, State.STOPPED)
 
     async def start(self, name: str) -> Machine:
@@ -106,40 +109,49 @@ class Machines:
 
         Raises: NotFound; Conflict; Unavailable, with figures.
         """
-        async with self._lock(name):
-            row = await self._row(name)
-            if self._host_stops:
-                raise Unavailable("the host is about to restart")
+        async with self.turns.take(name) as row:
+            self.permit(row)
             self._host.virtualisation()
             running = dict(self._starting)
             domains = await self._hypervisor.list()
             if row.id in domains:
-                if not left_behind(row, domains[row.id].state):
+                # One whose system panicked stands still until it is ended.
+                if domains[row.id].state is not State.CRASHED and not left_behind(row, domains[row.id].state):
                     raise Conflict(f"the machine {name!r} is {domains[row.id].state.value}")
                 await self._hypervisor.destroy(row.id)
                 del domains[row.id]
             rows = {other.id: other for other in await self._database.run(store.rows)}
             # Starts under way may be in neither or in both lists, and end while we look: count each machine once.
-            running.update({id: need(rows[id].spec) for id in domains if id in rows})
+            running.update({id: need(rows[id].running) for id in domains if id in rows})
             running.update(self._starting)
-            self._admit(need(row.spec), sum(running.values()))
-            self._starting[row.id] = need(row.spec)
+            # What goes on from a saved state has the hardware that it had, whatever it was changed to.
+            wanted = row.spec.hardware
+            hardware = row.running if row.saved is not None and row.saved.phase == "saved" else wanted
+            most = max(need(hardware), need(wanted))
+            self.plans.admit(most, sum(running.values()))
+            self._starting[row.id] = most
             try:
-                xml = await self._xml(row)
+                xml = await self.plans.xml(row, hardware)
                 if not await self._states.resume(row, xml):
-                    await self._hypervisor.start(xml)
+                    await self._start_cold(row, xml if hardware == wanted else await self.plans.xml(row, wanted))
             finally:
                 del self._starting[row.id]
             await self._note(row.id, "on")
-            return view(await self._row(name), await self._hypervisor.state(row.id))
+            return await self.view(row.id)
+
+    async def _start_cold(self, row: store.Row, xml: str) -> None:
+        # Before it runs: what its domain has must be known, also to who comes after us.
+        if row.started != row.spec.hardware:
+            await self._database.run(partial(store.note_started, id=row.id, hardware=row.spec.hardware))
+        await self._hypervisor.start(xml)
 
     async def stop(self, name: str, timeout: int) -> Machine:
         """Press the power button and wait up to ``timeout`` seconds for the guest to go.
 
         Raises: NotFound; Conflict when it does not run, or still runs then.
         """
-        async with self._lock(name):
-            row = await self._row(name)
+        async with self.turns.take(name) as row:
+            self.permit_change(row)
             try:
                 stopped = await self._press(row.id)
             except NotFound:
@@ -162,8 +174,7 @@ class Machines:
 
         Raises: NotFound; Conflict when it does not run and is not saved.
         """
-        async with self._lock(name):
-            row = await self._row(name)
+        async with self.turns.take(name) as row:
             try:
                 await self._hypervisor.destroy(row.id)
                 await self._states.discard(row)
@@ -171,12 +182,33 @@ class Machines:
                 if not await self._states.discard(row):
                     raise Conflict(f"the machine {name!r} does not run") from None
             await self._note(row.id, "off")
-            return view(await self._row(name), State.STOPPED)
+            return view(await self.turns.now(row.id), State.STOPPED)
+
+    async def suspend(self, name: str) -> Machine:
+        """Save what a running machine has in memory, and end it; its next start goes on from there.
+
+        Takes up to its ``stop_timeout``. Raises: NotFound; Conflict when it does not run; Unavailable when it was not
+        saved, and runs on.
+        """
+        async with self.turns.take(name) as row:
+            self.permit_change(row)
+            state = await self._hypervisor.state(row.id)
+            if state is not State.RUNNING:
+                raise Conflict(f"the machine {name!r} is {state.value}")
+            xml = await self.plans.xml(row, row.running)
+            ended = self._suspending[row.id] = asyncio.Event()
+        # Outside the lock, so that force-off need not wait.
+        try:
+            await self._states.save(row, xml, row.spec.stop_timeout)
+            await self._note(row.id, "off")
+        finally:
+            del self._suspending[row.id]
+            ended.set()
+        return await self.view(row.id)
 
     async def delete(self, name: str) -> None:
         """Delete a machine that does not run and is not saved; its volumes stay. Raises: NotFound, Conflict."""
-        async with self._lock(name):
-            row = await self._row(name)
+        async with self.turns.take(name) as row:
             state = await self._hypervisor.state(row.id)
             if state is not State.STOPPED:
                 raise Conflict(f"the machine {name!r} is {state.value}", hint="Stop it first.")
@@ -189,7 +221,7 @@ class Machines:
 
     async def open_console(self, name: str) -> tuple[Machine, Console]:
         """Attach to a running machine's serial console. Raises: NotFound; Conflict when it does not run."""
-        row = await self._row(name)
+        row = await self.turns.stored(name)
         try:
             console = await self._hypervisor.open_console(row.id)
         except NotFound:
@@ -212,8 +244,8 @@ class Machines:
         await self.look_anew()
 
     async def to_resume(self) -> list[str]:
-        """Names of the machines that ran when the host stopped and were not started since."""
-        return [row.spec.name for row in await self._database.run(store.rows) if row.power == "resume"]
+        """Names of the machines that are to be started, in this order: those that ran, then those with autostart."""
+        return await self._database.run(store.to_resume)
 
     async def count_try(self, name: str) -> int:
         """Count a try to start a machine again, before it is made; 0 when it is no longer to be started."""
@@ -221,7 +253,7 @@ class Machines:
 
     async def give_up(self, name: str) -> None:
         """Leave a machine that ran when the host stopped as it is. Raises: NotFound."""
-        await self._note((await self._row(name)).id, "off")
+        await self._note((await self.turns.stored(name)).id, "off")
 
     async def _stop_with_host(self, row: store.Row) -> Stopped | None:
         """Stop one machine; what became of it, or None when it did not run."""
@@ -229,17 +261,20 @@ class Machines:
         stopped: asyncio.Event | None = None
         unsaved = ""
         try:
-            async with self._lock(name):
+            if (suspend := self._suspending.get(id)) is not None:
+                await suspend.wait()
+            async with self.turns.lock(id):
                 state = await self._hypervisor.state(id)
                 if state is State.STOPPED:
                     return None
-                await self._database.run(
-                    partial(store.set_power, id=id, power="off" if id in self._unwanted else "resume")
-                )
+                row = await self.turns.now(id)
+                if state is not State.CRASHED or row.power == "on":
+                    power: store.Power = "off" if id in self._unwanted else "resume"
+                    await self._database.run(partial(store.set_power, id=id, power=power))
             if row.spec.host_stop == "save" and state is State.RUNNING and id not in self._unwanted:
                 try:
                     # Outside the lock, so that force-off need not wait.
-                    await self._states.save(row, await self._xml(row), row.spec.stop_timeout)
+                    await self._states.save(row, await self.plans.xml(row, row.running), row.spec.stop_timeout)
                     return Stopped(name, str(id), "saved")
                 except UserError as error:
                     unsaved = error.message
@@ -265,6 +300,19 @@ class Machines:
             raise
         return stopped
 
+    async def _crashed(self, id: UUID) -> None:
+        """A machine's QEMU died, or its system panicked. A stop that is under way takes care of it itself."""
+        crash = None
+        async with self.turns.lock(id):
+            with suppress(Unavailable):  # look_anew() finds its end
+                if id in self._unwanted or self._host_stops:
+                    await self._note_end(id)
+                else:
+                    state = await self._hypervisor.state(id)
+                    crash = await self._database.run(partial(crashrows.note, id=id, now=time.time(), state=state))
+        if crash is not None and self.on_crash is not None:
+            await self.on_crash(crash)
+
     async def _note_end(self, id: UUID) -> None:
         if not self._host_stops:
             await self._database.run(partial(store.note_end, id=id))
@@ -274,77 +322,30 @@ class Machines:
         if not self._host_stops:
             await self._database.run(partial(store.set_power, id=id, power=power))
 
-    async def _row(self, name: str) -> store.Row:
-        return await self._database.run(partial(store.row, name=name))
+    def permit(self, row: store.Row) -> None:
+        """Every call asks here before a machine's processors run, or run on. Raises: UserError saying why not."""
+        self.permit_change(row)
+        if self._host_stops:
+            raise Unavailable("the host is about to restart")
 
-    async def _xml(self, row: store.Row) -> str:
-        bridges = self._networks()
-        for index, interface in enumerate(row.spec.networks):
-            if interface.network not in bridges:
-                raise Conflict(
-                    f"networks[{index}].network: the configuration has no operational network {interface.network!r}"
-                )
-        paths = [self._volume_path(volume) for volume in row.volumes]
-        for disk, path in zip(row.spec.disks, paths, strict=True):
-            if not path.exists():
-                raise Unavailable(f"the file of the volume {disk.volume!r} is missing")
-        try:
-            nvram = await asyncio.to_thread(self._nvram.prepare, row.id)
-        except OSError as error:
-            raise Unavailable(f"the machine's store of UEFI variables cannot be made: {error.strerror}") from None
-        return domain.render(
-            domain.DomainParameters(
-                name=row.spec.name,
-                uuid=row.id,
-                uid=row.uid,
-                spec_sha256=row.spec_sha256,
-                cpus=row.spec.cpus,
-                memory=row.spec.memory,
-                nvram=nvram,
-                disks=tuple(domain.Disk(path, UUID(id).hex[:20]) for path, id in zip(paths, row.volumes, strict=True)),
-                bridges=tuple(bridges[interface.network] for interface in row.spec.networks),
-            )
-        )
+    def permit_change(self, row: store.Row) -> None:
+        """Raises: Conflict while the machine is being suspended."""
+        if row.id in self._suspending:
+            raise Conflict(f"the machine {row.spec.name!r} is being suspended")
 
-    def _check(self, spec: MachineSpec) -> None:
-        """What the types cannot say. Raises: UserError naming the field."""
-        if spec.cpus > self._host.cpus():
-            raise UserError(f"cpus: {spec.cpus} are wanted, the host has {self._host.cpus()}")
-        bridges = self._networks()
-        for index, interface in enumerate(spec.networks):
-            if interface.network not in bridges:
-                known = ", ".join(sorted(bridges)) or "none"
-                raise UserError(
-                    f"networks[{index}].network: there is no operational network {interface.network!r}",
-                    hint=f"The configuration has: {known}.",
-                )
-        volumes = [disk.volume for disk in spec.disks]
-        for index, volume in enumerate(volumes):
-            if volume in volumes[:index]:
-                raise UserError(f"disks[{index}].volume: {volume!r} is listed twice")
-        self._admit(need(spec), 0)
+    async def view(self, id: UUID) -> Machine:
+        """One machine, by its id, with what it does now. Raises: NotFound, Unavailable."""
+        state = await self._hypervisor.state(id)
+        return view(await self.turns.now(id), state)
 
-    def _admit(self, wanted: int, running: int) -> None:
-        total = self._host.memory()
-        if running + wanted > total:
-            raise Unavailable(
-                f"not enough memory: the machine and its overhead need {wanted} bytes, "
-                f"{max(total - running, 0)} are left of {total} (running machines have {running})",
-                hint="Stop other machines, or give this one less memory.",
-            )
-
-    def _lock(self, name: str) -> asyncio.Lock:
-        lock = self._locks.get(name)
-        if lock is None:
-            lock = self._locks[name] = asyncio.Lock()
-        return lock
-
-    def _on_change(self, id: UUID | None, state: State) -> None:
+    def _on_change(self, id: UUID | None, state: State, crashed: bool) -> None:
         if id is None:
             self._later(self.look_anew())
         elif state is State.STOPPED:
             self._ends.came(id)
-            self._later(self._note_end(id))
+            self._later(self._crashed(id) if crashed else self._note_end(id))
+        elif state is State.CRASHED:
+            self._later(self._crashed(id))
 
     def _later(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -358,12 +359,19 @@ class Machines:
                 if await self._hypervisor.state(id) is State.STOPPED:
                     self._ends.came(id)
             domains = await self._hypervisor.list()
-            for row in await self._database.run(store.rows):
-                if (row.id in domains) == (row.power == "on"):
+            for old in await self._database.run(store.rows):
+                panicked = old.id in domains and domains[old.id].state is State.CRASHED
+                if panicked and old.power == "on":
+                    self._later(self._crashed(old.id))
+                if panicked or (old.id in domains) == (old.power == "on"):
                     continue
-                async with self._lock(row.spec.name):
-                    state = await self._hypervisor.state(row.id)
-                    if left_behind(await self._row(row.spec.name), state):
+                async with self.turns.lock(old.id):
+                    state = await self._hypervisor.state(old.id)
+                    try:
+                        row = await self.turns.now(old.id)
+                    except NotFound:
+                        continue
+                    if state is State.CRASHED or left_behind(row, state):
                         continue  # its next start ends it
                     if state is not State.STOPPED or row.power == "on":
                         await self._note(row.id, "off" if state is State.STOPPED else "on")

@@ -82,7 +82,7 @@ class States:
         guest then runs on, or has ended. Both are on record.
         """
         end = time.monotonic() + limit
-        need = row.spec.memory + _BESIDE_MEMORY
+        need = row.running.memory + _BESIDE_MEMORY
         new = self.path(row.id).with_suffix(".new")
         try:
             since = rfc3339(time.time())
@@ -120,7 +120,7 @@ class States:
             await asyncio.to_thread(self._check, row, saved, xml)
             await self._hypervisor.restore(row.id, self.path(row.id), _RESTORE_S + row.spec.stop_timeout)
             found = (await self._hypervisor.list()).get(row.id)
-            if found is None or (found.state, found.spec_sha256) != (State.PAUSED, row.spec_sha256):
+            if found is None or (found.state, found.spec_sha256) != (State.PAUSED, row.running.sha256(row.id)):
                 raise Conflict("libvirt made something else of it")
             await self._record("machine.resume", str(row.id), row.spec.name, "")
             # Durable, before its processors run: whatever happens now, it is not resumed from this file again.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 from uuid import UUID
@@ -11,7 +12,7 @@ import msgspec
 
 from vmm.errors import Conflict, NotFound, Unavailable, UserError
 from vmm.machines import savedrows
-from vmm.machines.types import MachineSpec
+from vmm.machines.types import Hardware, MachineSpec
 
 FIRST_UID, LAST_UID = 70000, 79999
 """Each machine's QEMU runs under a uid (and gid) of its own out of these."""
@@ -38,15 +39,19 @@ class Row:
     created: str
     power: Power
     volumes: tuple[str, ...]
+    started: Hardware | None = None
     saved: savedrows.Saved | None = None
 
     @property
-    def spec_sha256(self) -> str:
-        """What the metadata of this machine's domain must say."""
-        return self.spec.sha256(self.id)
+    def running(self) -> Hardware:
+        """What its domain has, if it has one: what that was started with."""
+        return self.spec.hardware if self.started is None else self.started
 
 
-_SELECT = f"SELECT id, spec, uid, created, power, {savedrows.COLUMNS} FROM machines LEFT JOIN saved ON machine_id = id "
+_SELECT = (
+    f"SELECT id, spec, uid, created, power, started, {savedrows.COLUMNS} "
+    "FROM machines LEFT JOIN saved ON machine_id = id "
+)
 
 
 def rows(connection: sqlite3.Connection) -> list[Row]:
@@ -60,6 +65,23 @@ def row(connection: sqlite3.Connection, name: str) -> Row:
     if found is None:
         raise NotFound(f"there is no machine {name!r}")
     return _row(connection, found)
+
+
+def row_of(connection: sqlite3.Connection, id: UUID) -> Row:
+    """One machine. Raises: NotFound when it is gone."""
+    found = connection.execute(_SELECT + "WHERE id = ?", (str(id),)).fetchone()
+    if found is None:
+        raise NotFound("the machine was deleted")
+    return _row(connection, found)
+
+
+def to_resume(connection: sqlite3.Connection) -> list[str]:
+    """Names of the machines that are to be started, in this order: first those that ran when the host stopped."""
+    found = connection.execute(
+        "SELECT name FROM machines WHERE power = 'resume' "
+        "ORDER BY autostarting, json_extract(spec, '$.autostart') NULLS LAST, name"
+    )
+    return [name for (name,) in found]
 
 
 def insert(connection: sqlite3.Connection, id: UUID, spec: MachineSpec, created: str) -> Row:
@@ -94,7 +116,13 @@ def begin_boot(connection: sqlite3.Connection, boot: str) -> None:
         connection.execute("UPDATE host SET boot = ?", (boot,))
         # Those are starts that never came to an end: each may be what ended the host.
         connection.execute("UPDATE machines SET power = 'off' WHERE power = 'resume' AND tries >= ?", (MOST_TRIES,))
-        connection.execute("UPDATE machines SET power = 'resume', tries = 0 WHERE power = 'on'")
+        connection.execute("UPDATE machines SET power = 'resume', tries = 0, autostarting = 0 WHERE power = 'on'")
+        # Those that were given up keep their tries, and wait for somebody to start them.
+        connection.execute(
+            "UPDATE machines SET power = 'resume', autostarting = 1 "
+            "WHERE power = 'off' AND tries < ? AND json_extract(spec, '$.autostart') IS NOT NULL",
+            (MOST_TRIES,),
+        )
 
 
 def set_power(connection: sqlite3.Connection, id: UUID, power: Power) -> None:
@@ -102,6 +130,30 @@ def set_power(connection: sqlite3.Connection, id: UUID, power: Power) -> None:
     connection.execute("UPDATE machines SET power = ?, tries = 0 WHERE id = ?", (power, str(id)))
     if power == "on":
         savedrows.settle(connection, id)
+
+
+def note_started(connection: sqlite3.Connection, id: UUID, hardware: Hardware) -> None:
+    """A machine is about to be started with this hardware."""
+    connection.execute(
+        "UPDATE machines SET started = ? WHERE id = ?", (msgspec.json.encode(hardware).decode(), str(id))
+    )
+
+
+def rename(connection: sqlite3.Connection, id: UUID, name: str) -> None:
+    """Give a machine another name. Raises: Conflict when a machine has it."""
+    try:
+        connection.execute(
+            "UPDATE machines SET name = ?, spec = json_set(spec, '$.name', ?) WHERE id = ?", (name, name, str(id))
+        )
+    except sqlite3.IntegrityError:
+        raise Conflict(f"there is already a machine {name!r}") from None
+
+
+def amend(connection: sqlite3.Connection, id: UUID, fields: Mapping[str, Any]) -> None:
+    """Change fields of a machine's specification; None is for those that have None as their default."""
+    # What a newer release put in, and this one does not know, stays.
+    patch = msgspec.json.encode(fields).decode()
+    connection.execute("UPDATE machines SET spec = json_patch(spec, ?) WHERE id = ?", (patch, str(id)))
 
 
 def note_end(connection: sqlite3.Connection, id: UUID) -> None:
@@ -117,11 +169,12 @@ def count_try(connection: sqlite3.Connection, name: str) -> int:
 
 
 def _row(connection: sqlite3.Connection, found: tuple[Any, ...]) -> Row:
-    id, spec, uid, created, power, *columns = found
+    id, spec, uid, created, power, started, *columns = found
     volumes = connection.execute("SELECT volume_id FROM disks WHERE machine_id = ? ORDER BY position", (id,))
     saved = None if columns[0] is None else savedrows.made(*columns)
     spec = msgspec.json.decode(spec, type=_StoredSpec)
-    return Row(UUID(id), spec, uid, created, power, tuple(volume for (volume,) in volumes), saved)
+    hardware = None if started is None else msgspec.json.decode(started, type=Hardware)
+    return Row(UUID(id), spec, uid, created, power, tuple(volume for (volume,) in volumes), hardware, saved)
 
 
 def _free_volume(connection: sqlite3.Connection, field: str, name: str) -> str:
