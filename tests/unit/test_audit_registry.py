@@ -21,7 +21,7 @@ from vmm.audit.registry import Event, Field, Registry, Serves, Unit
 from vmm.errors import Forbidden, UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PENDING = 17
+PENDING = 13
 """How many events are pending. It may only be lowered."""
 
 AUDIT = ("store", "server", "anchoring", "opening", "retention", "keeping")
@@ -31,6 +31,7 @@ SOURCES: dict[Unit, tuple[str, ...]] = {
     "holdfast-host": ("config/*.py", "update/*.py"),
     "holdfast-audit": tuple(f"audit/{name}.py" for name in AUDIT),
     "holdfast-kernel": ("kernel/*.py",),
+    "holdfast-guard": ("guard/*.py",),
 }
 """Where each producer's code lies."""
 
@@ -187,10 +188,12 @@ def test_the_join_finds_what_does_not_fit() -> None:
     without = [event for event in EVENTS if event.type not in ("audit.start", "kernel.start", "session.end")]
     served = Pending("FAU_GEN.1", "Audit functions stopped", 4, "r")
     unclaimed = Pending("FCS_IPSEC_EXT.1", "IPsec SA established or terminated", 4, "r")
-    found = list(audit_events.problems(required, Registry([*without, invented]), [*pending[1:], served, unclaimed]))
+    dropped = next(one for one in pending if one.sfr == "FPT_ML_EXT.1")
+    listed = [*(one for one in pending if one is not dropped), served, unclaimed]
+    found = list(audit_events.problems(required, Registry([*without, invented]), listed))
     assert found == [
-        f"{pending[0].sfr}: {pending[0].event}: no registered type serves it, and it is not pending",
         "FAU_GEN.1: Audit functions started: no registered type serves it, and it is not pending",
+        f"FPT_ML_EXT.1: {dropped.event}: no registered type serves it, and it is not pending",
         "FTP_ITC_EXT.1: Trusted channel terminated: no registered type serves it, and it is not pending",
         "FTP_TRP.1: Trusted channel terminated: no registered type serves it, and it is not pending",
         "FAU_GEN.1: Audit functions stopped: is served, and need not be pending any more",

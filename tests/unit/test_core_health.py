@@ -17,6 +17,7 @@ from vmm.audit.client import AuditClient
 from vmm.core import version
 from vmm.core.daemon import Watch
 from vmm.core.health import Platform, judge
+from vmm.guard import daemon as guard
 from vmm.hypervisor.types import Domain, State
 from vmm.kernel.daemon import Said
 
@@ -56,12 +57,19 @@ def root(tmp_path: Path) -> Path:
     for path, text in GOOD.items():
         put(tmp_path, path, text)
     put(tmp_path, "run/holdfast/kernel/status.json", kernel_status())
+    put(tmp_path, "run/holdfast/guard/status.json", guard_status())
     return tmp_path
 
 
 def kernel_status(**said: Any) -> str:
     """What the reader of the kernel's audit leaves for others: it is process 77's, too, as good as any."""
     status = Said(int(time.monotonic()), 77, "", 5, 0, (77,))
+    return msgspec.json.encode(msgspec.structs.replace(status, **said)).decode()
+
+
+def guard_status(**said: Any) -> str:
+    """What the guard leaves for others."""
+    status = guard.Said(int(time.monotonic()), 77, 5)
     return msgspec.json.encode(msgspec.structs.replace(status, **said)).decode()
 
 
@@ -111,6 +119,22 @@ def test_a_reader_of_the_kernels_audit_that_is_not_there_is_found(root: Path) ->
     assert list(bad(root)) == ["kernel-audit"]
     (root / "run/holdfast/kernel/status.json").unlink()
     assert bad(root) == {"kernel-audit": "the kernel's audit events are not read"}
+
+
+def test_a_guard_that_does_not_follow_the_trail_is_found(root: Path) -> None:
+    """Dead, hanging, held up, without a status or with a damaged one."""
+    path = "run/holdfast/guard/status.json"
+    for said, reason in (
+        ({"pid": 79}, "gone or hangs"),
+        ({"at": int(time.monotonic()) - 61}, "gone or hangs"),
+        ({"problem": "core went away"}, "core went away"),
+    ):
+        put(root, path, guard_status(**said))
+        assert list(found := bad(root)) == ["guard"] and reason in found["guard"]
+    put(root, path, "{")
+    assert list(bad(root)) == ["guard"]
+    (root / path).unlink()
+    assert bad(root) == {"guard": "the guard does not run"}
 
 
 def test_what_cannot_be_read_has_failed(tmp_path: Path) -> None:

@@ -22,9 +22,11 @@ from vmm.config.types import Administrator, Configuration, Management, Operation
 from vmm.core.configuration import AppliedConfiguration
 from vmm.core.db import Database
 from vmm.core.dispatch import Dispatcher
+from vmm.core.guard_methods import GuardHandlers
 from vmm.core.guests import Guests
 from vmm.core.health import Health, judge
 from vmm.core.host_methods import HostHandlers
+from vmm.core.locks import Locks
 from vmm.core.machine_methods import MachineHandlers
 from vmm.core.methods import Handlers
 from vmm.core.permissions import Permissions
@@ -32,6 +34,7 @@ from vmm.core.recovery import Recovery
 from vmm.core.updates import UpdateClient
 from vmm.errors import Unavailable, UserError
 from vmm.machines.changes import Changes
+from vmm.machines.holds import Holds
 from vmm.machines.host import Host
 from vmm.machines.nvram import Nvram
 from vmm.machines.power import Power
@@ -212,8 +215,13 @@ class Core:
             rig.machines, Power(rig.machines, rig.hypervisor), Changes(rig.machines, rig.database)
         )
         self.methods = self.handlers.table() | machines.table() | HostHandlers(updater, self.guests, probe).table()
+        self.holds = Holds(rig.machines, rig.hypervisor, rig.database)
+        self.now = 1_000_000.0
+        self.locks = Locks(rig.database, lambda: self.now)
+        self.methods |= GuardHandlers(rig.database, self.holds, self.locks).table()
         self.dispatcher = Dispatcher(
-            self.methods, Permissions(), applied, audit, self.handlers.identify, frozenset({0, os.geteuid()})
+            *(self.methods, Permissions(), applied, audit, self.handlers.identify, frozenset({0, os.geteuid()})),
+            locked=self.locks.check,
         )
 
     async def call(self, method: str, role: str = "admin", **args: Any) -> Any:

@@ -42,7 +42,7 @@ _CALLS = {
 }
 
 MOST_LINES = 400
-_LEAF = {"errors", "process", "wire", "paths", "notify", "atomic", "clock", "release", "tpm"}
+_LEAF = {"errors", "process", "wire", "paths", "notify", "atomic", "clock", "release", "tpm", "origin"}
 
 
 def committed() -> Iterator[Path]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import socket
 import ssl
 import sys
@@ -17,6 +16,7 @@ from vmm.api.connection import Connection, begin_quietly
 from vmm.audit.client import Actor, AuditClient, Entry
 from vmm.audit.throttle import Throttle
 from vmm.errors import Unavailable
+from vmm.origin import names
 
 HANDSHAKE = 10.0
 """Seconds that a TLS handshake may take."""
@@ -25,7 +25,6 @@ MAX_PER_SOURCE = 16
 MAX_HANDSHAKES = 32
 """Handshakes under way at once; above MAX_PER_SOURCE, so that one source alone cannot keep others out."""
 _BACKLOG = 128
-_PREFIX = 64  # what one customer of IPv6 is given at least
 
 
 class Listener:
@@ -93,7 +92,7 @@ class Listener:
                 task.add_done_callback(self._tasks.discard)
 
     async def _serve(self, accepted: socket.socket, host: str, port: int) -> None:
-        source, origin = _names(host, port)
+        source, origin = names(host, port)
         with accepted:
             if self._sources.total() >= MAX_CONNECTIONS or self._sources[source] >= MAX_PER_SOURCE:
                 self._failed(origin, "too many connections")
@@ -138,16 +137,6 @@ class Listener:
 
     def _failed(self, origin: str, reason: str) -> None:
         self.failures.report(Entry(type="tls.handshake", actor=Actor(origin=origin), outcome="failure", reason=reason))
-
-
-def _names(host: str, port: int) -> tuple[str, str]:
-    """What counts as one source, and how a peer is written in records."""
-    address = ipaddress.ip_address(host.partition("%")[0])
-    if isinstance(address, ipaddress.IPv6Address):
-        if address.ipv4_mapped is None:
-            return str(ipaddress.ip_network((address, _PREFIX), strict=False)), f"[{address}]:{port}"
-        address = address.ipv4_mapped
-    return str(address), f"{address}:{port}"
 
 
 def _reason(error: OSError) -> str:

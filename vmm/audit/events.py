@@ -6,6 +6,7 @@ tests find what is missing of these.
 
 from __future__ import annotations
 
+from vmm.audit.guard_events import GUARD_EVENTS
 from vmm.audit.kernel_events import KERNEL_EVENTS
 from vmm.audit.records import CHECKPOINT, FILLING, FULL, RECOVERED, REFUSED, REMOVED, RULE, START, STOP
 from vmm.audit.registry import Event, Field, Registry, Serves, Unit
@@ -326,4 +327,5 @@ _OF_HOST = (
     ),
 )
 
-EVENTS = Registry((*_OF_AUDIT, *_OF_API, *_OF_CORE, *_OF_GUESTS, *_OF_HOST, *UPDATE_EVENTS, *KERNEL_EVENTS))
+_OURS = (*_OF_AUDIT, *_OF_API, *_OF_CORE, *_OF_GUESTS, *_OF_HOST)
+EVENTS = Registry((*_OURS, *UPDATE_EVENTS, *KERNEL_EVENTS, *GUARD_EVENTS))

@@ -14,7 +14,9 @@ import msgspec
 from vmm.audit.records import TYPE_PATTERN, Entry, Phase
 from vmm.errors import Forbidden, UserError
 
-Unit = Literal["holdfast-api", "holdfast-core", "holdfast-host", "holdfast-audit", "holdfast-kernel"]
+Unit = Literal[
+    "holdfast-api", "holdfast-core", "holdfast-host", "holdfast-audit", "holdfast-kernel", "holdfast-guard"
+]
 """A producer, as the audit daemon names it by its uid; holdfast-host is all that runs as root."""
 
 Kind = Literal["text", "integer", "boolean", "texts", "map", "maps"]

@@ -41,11 +41,14 @@ PRODUCERS: Mapping[str, Unit] = {
     "holdfast-api": "holdfast-api",
     "holdfast-core": "holdfast-core",
     "holdfast-kernel": "holdfast-kernel",
+    "holdfast-guard": "holdfast-guard",
     # All that run as root: the configure step, the updater, the gate.
     "root": "holdfast-host",
 }
 """User → the producer that its processes are. What each may write stands in vmm.audit.events."""
 READERS = ("holdfast-core", "root")
+FOLLOWERS = ("holdfast-guard",)
+"""Who may read the trail, and nothing else."""
 EXPORTERS = ("holdfast-export",)
 """Who may say what of the trail is known elsewhere."""
 JOINERS: frozenset[Unit] = frozenset({"holdfast-kernel"})
@@ -90,13 +93,15 @@ class Service:
         about: Mapping[str, str] | None = None,
         anchor: Anchor | None = None,
         exporters: frozenset[int] = frozenset(),
+        followers: frozenset[int] = frozenset(),
     ) -> None:
         """Arguments: the daemon as a producer, the uids that may append, those that may read, what ``audit.start``
-        says of the host, what checkpoints are anchored in (the service for that unless given), and the uids that may
-        say what is known elsewhere.
+        says of the host, what checkpoints are anchored in (the service for that unless given), the uids that may say
+        what is known elsewhere, and those that may read, but ask for nothing to be done.
         """
         self.keeping = Keeping(journal, own)
         self._exporters = exporters
+        self._followers = followers | readers
         self.checkpoints = Checkpoints(journal, own, anchor or AnchorClient())
         self._journal = journal
         self._own = own
@@ -156,7 +161,9 @@ class Service:
         match request.method:
             case "append":
                 return {"seq": await self._append(request, uid)}
-            case "checkpoint" | "read" | "status" if uid not in self._readers:
+            case "read" if uid not in self._followers:
+                raise self._refused(request, uid, Forbidden(f"uid {uid} may not read the audit trail"))
+            case "checkpoint" | "status" if uid not in self._readers:
                 raise self._refused(request, uid, Forbidden(f"uid {uid} may not read the audit trail"))
             case "exported" | "purge" | "rule":
                 return await self._keep(request, uid)
@@ -297,6 +304,7 @@ async def serve(directory: Path, socket: Path) -> None:
         readers=frozenset({own.uid, *uids(READERS)}),
         about=_about(ROOT),
         exporters=frozenset(uids(EXPORTERS)),
+        followers=frozenset(uids(FOLLOWERS)),
     )
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

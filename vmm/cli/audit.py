@@ -104,17 +104,17 @@ def _query(args: argparse.Namespace, span: Span) -> dict[str, str | int]:
 async def _list(api: Api, args: argparse.Namespace) -> None:
     query = _query(args, asked(args))
     if args.last is None:
-        async for record in _records(api, query, args.after, "newest" if args.reverse else "oldest"):
+        async for record in read_records(api, query, args.after, "newest" if args.reverse else "oldest"):
             _print(record, args)
         return
     last = []
-    async for record in _records(api, query, args.after, "newest", most=args.last):
+    async for record in read_records(api, query, args.after, "newest", most=args.last):
         last.append(record)
     for record in last if args.reverse else reversed(last):
         _print(record, args)
 
 
-async def _records(
+async def read_records(
     api: Api, query: Query, after: int, order: Literal["oldest", "newest"], most: int | None = None
 ) -> AsyncIterator[Record]:
     """The wanted records page by page, which may be empty ones; at most so many."""
@@ -235,13 +235,13 @@ async def _numbers(api: Api, span: Span, covered: int) -> tuple[int, int]:
     if span.after is not None or span.to is not None:
         raise UserError("--from and --until do not go with --after and --to")
     query = {name: value for name, value in (("from", span.since), ("until", span.until)) if value}
-    first = [record["seq"] async for record in _records(api, query, 0, "oldest", most=1)]
+    first = [record["seq"] async for record in read_records(api, query, 0, "oldest", most=1)]
     if not first:
         raise UserError(f"there are no records {span.text()}")
     after = max(first[0] - 2, 0) if span.since else 0
     if not span.until:
         return after, covered
-    (last,) = [record["seq"] async for record in _records(api, query, 0, "newest", most=1)]
+    (last,) = [record["seq"] async for record in read_records(api, query, 0, "newest", most=1)]
     if last >= covered:
         raise UserError(f"the trail does not reach until {span.until} yet", hint="leave out --until")
     return after, last + 1
@@ -253,7 +253,7 @@ async def _write(api: Api, file: BinaryIO, after: int, to: int) -> tuple[int, in
     The first is later than wanted where those before it were deleted.
     """
     first = 0
-    async for record in _records(api, {}, after, "oldest"):
+    async for record in read_records(api, {}, after, "oldest"):
         number = int(record["seq"])
         if first and number != after + 1:
             raise UserError(f"records {after + 1} to {number - 1} were deleted meanwhile", hint="Export once more.")

@@ -45,6 +45,12 @@ class _Traffic(msgspec.Struct, frozen=True):
     written_count: int
 
 
+class _Held(msgspec.Struct, frozen=True):
+    since: str = ""
+    by: str = ""
+    reason: str = ""
+
+
 class Stats(msgspec.Struct, frozen=True):
     """What is shown of what a machine uses."""
 
@@ -75,6 +81,7 @@ class Machine(msgspec.Struct, frozen=True):
     on_crash: str = "stop"
     saved: _Saved | None = None
     pending: _Pending | None = None
+    held: _Held | None = None
 
 
 def register(commands: Commands) -> None:
@@ -113,11 +120,15 @@ def register(commands: Commands) -> None:
         ("pause", "let a running virtual machine stand still, with all it has in memory"),
         ("resume", "let a paused virtual machine go on"),
         ("reset", "press a virtual machine's reset button: its system starts anew, unprepared"),
+        ("release", "hold a virtual machine no more; it stays paused, or off, as it is"),
         ("suspend", "save what a virtual machine has in memory, and end it; its next start goes on from there"),
     ):
         parser = add(verbs, verb, help, remotely(_operate))
         parser.add_argument("name")
         parser.set_defaults(verb=verb)
+    parser = add(verbs, "hold", "let a virtual machine stand still until it is released", remotely(_hold))
+    parser.add_argument("name")
+    parser.add_argument("--reason", required=True, metavar="TEXT")
     add(verbs, "stats", "show what a virtual machine has used since its start", remotely(_stats)).add_argument("name")
     parser = add(verbs, "events", "print audit records about a virtual machine as they come", remotely(audit.follow))
     parser.add_argument("machine", metavar="name")
@@ -214,7 +225,10 @@ async def _list(api: Api, args: argparse.Namespace) -> None:
     print_table(
         ("NAME", "STATE", "CPUS", "MEMORY", "NETWORKS", "UUID"),
         [
-            (m.name, m.state, str(m.cpus), human_size(m.memory), ",".join(n.network for n in m.networks) or "-", m.uuid)
+            (
+                *(m.name, f"{m.state}, held" if m.held else m.state, str(m.cpus), human_size(m.memory)),
+                *(",".join(n.network for n in m.networks) or "-", m.uuid),
+            )
             for m in machines
         ],
     )
@@ -238,6 +252,10 @@ async def _stop(api: Api, args: argparse.Namespace) -> None:
 
 async def _operate(api: Api, args: argparse.Namespace) -> None:
     _print(await api.request("POST", f"{_path(args)}/{args.verb}"), args)
+
+
+async def _hold(api: Api, args: argparse.Namespace) -> None:
+    _print(await api.request("POST", f"{_path(args)}/hold", body={"reason": args.reason}), args)
 
 
 async def _stats(api: Api, args: argparse.Namespace) -> None:
@@ -320,6 +338,10 @@ def _pending(pending: _Pending | None) -> str:
     return ", ".join(filter(None, (cpus, memory, networks))) or "a change that this command does not know"
 
 
+def _held(held: _Held | None) -> str:
+    return "no" if held is None else f"since {held.since} by {held.by}: {held.reason}"
+
+
 def _saved(saved: _Saved | None) -> str:
     if saved is None:
         return "none"
@@ -344,6 +366,7 @@ def _print(raw: bytes, args: argparse.Namespace) -> None:
             ("Host stops", _host_stop(machine)),
             ("Saved state", _saved(machine.saved)),
             ("Pending", _pending(machine.pending)),
+            ("Held", _held(machine.held)),
             ("Autostart", "no" if machine.autostart is None else f"with the host, order {machine.autostart}"),
             ("On crash", machine.on_crash),
             ("Tags", ", ".join(machine.tags) or "none"),

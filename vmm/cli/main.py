@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import vmm
 from vmm import errors
-from vmm.cli import audit, completion, host, identity, machines, remotes, seeds, updates, volumes
+from vmm.cli import audit, completion, guard, host, identity, machines, remotes, seeds, updates, volumes
 from vmm.cli.client import Unreachable
 from vmm.cli.command import add_shared
 from vmm.errors import UserError
@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_shared(parser)
     parser.add_argument("--banner", action="store_true", help="show the host's banner even if it was shown today")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (machines, volumes, host, updates, audit, remotes, identity, seeds):
+    for module in (machines, volumes, host, updates, audit, guard, remotes, identity, seeds):
         module.register(commands)
     completion.register(commands, parser)
     return parser

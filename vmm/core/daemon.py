@@ -18,18 +18,22 @@ from vmm.core.autoupdate import AutoUpdate
 from vmm.core.configuration import AppliedConfiguration
 from vmm.core.db import Database
 from vmm.core.dispatch import Audit, Dispatcher
+from vmm.core.guard_methods import GuardHandlers
 from vmm.core.guests import Guests, recorder
 from vmm.core.health import Health, Platform, Verdict, judge
 from vmm.core.host_methods import HostHandlers
+from vmm.core.locks import Locks
 from vmm.core.machine_methods import MachineHandlers
 from vmm.core.methods import Handlers
 from vmm.core.permissions import Permissions
 from vmm.core.recovery import Recovery
 from vmm.core.updates import UpdateClient
 from vmm.errors import Unavailable, UserError
+from vmm.guard.engine import GUARD
 from vmm.hypervisor.driver import LibvirtHypervisor
 from vmm.hypervisor.types import Domain, Hypervisor
 from vmm.machines.changes import Changes
+from vmm.machines.holds import Holds
 from vmm.machines.host import Host
 from vmm.machines.nvram import Nvram
 from vmm.machines.power import Power
@@ -43,6 +47,7 @@ from vmm.volumes.importer import ConfinedImporter
 from vmm.volumes.service import Volumes
 
 API_USER = "holdfast-api"
+GUARD_USER = "holdfast-guard"
 HEALTH_FILE = CORE_SOCKET.with_name("health.json")
 _HEALTH_INTERVAL_S = 30.0
 # Shorter than systemd's patience; uploads and conversions that take longer are undone.
@@ -128,12 +133,15 @@ async def serve() -> None:
     host, nvram = Host(), Nvram(CORE_STATE / "nvram")
     states = States(database, hypervisor, CORE_STATE / "saved", volumes.path, nvram, recorder(audit))
     machines = Machines(database, hypervisor, host, nvram, volumes.path, configuration.networks, states)
+    holds, locks = Holds(machines, hypervisor, database), Locks(database)
+    await locks.load()
     await volumes.recover()
     await machines.recover()
     try:
         await hypervisor.connect()
     except Unavailable as error:
         print(f"core: {error.message}; trying on", file=sys.stderr, flush=True)
+    await holds.enforce()
     watch = Watch(Platform(), hypervisor, machines, audit)
     handlers = Handlers(configuration, volumes, machines, audit, watch.health, Recovery())
     updater = UpdateClient()
@@ -141,7 +149,13 @@ async def serve() -> None:
     probe = Probe(database, hypervisor, host, nvram, machines, CORE_STATE / "probe")
     machine_handlers = MachineHandlers(machines, Power(machines, hypervisor), Changes(machines, database))
     methods = handlers.table() | machine_handlers.table() | HostHandlers(updater, guests, probe).table()
-    dispatcher = Dispatcher(methods, Permissions(), configuration, audit, handlers.identify, peers=_peers())
+    methods |= GuardHandlers(database, holds, locks).table()
+    dispatcher = Dispatcher(
+        *(methods, Permissions(), configuration, audit, handlers.identify),
+        peers=frozenset({0, os.geteuid(), *_uid(API_USER)}),
+        locked=locks.check,
+        services=dict.fromkeys(_uid(GUARD_USER), GUARD),
+    )
     server = await wire.serve(CORE_SOCKET, dispatcher.handle, mode=0o666)
     automatic = AutoUpdate(configuration, updater, dispatcher.perform)
     keeping = [asyncio.create_task(work) for work in (watch.keep(), automatic.keep())]
@@ -158,9 +172,9 @@ async def serve() -> None:
     database.close()
 
 
-def _peers() -> frozenset[int]:
-    """The uids that may call: root, ourselves and the API."""
+def _uid(user: str) -> list[int]:
+    """The uid of a service's user, if there is one."""
     try:
-        return frozenset({0, os.geteuid(), pwd.getpwnam(API_USER).pw_uid})
+        return [pwd.getpwnam(user).pw_uid]
     except KeyError:
-        return frozenset({0, os.geteuid()})
+        return []

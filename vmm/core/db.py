@@ -13,7 +13,7 @@ from vmm.errors import UserError
 
 T = TypeVar("T")
 
-VERSION = 4
+VERSION = 5
 
 
 class Database:

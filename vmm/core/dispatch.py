@@ -109,14 +109,22 @@ class Dispatcher:
         audit: Audit,
         identify: Callable[[str, str], Awaitable[str]],
         peers: frozenset[int],
+        *,
+        locked: Callable[[str, str], None],
+        services: Mapping[int, Actor] | None = None,
     ) -> None:
-        """Arguments: ``identify`` finds the id of (object kind, name), or ""; ``peers`` are uids that may call."""
+        """Arguments: ``identify`` finds the id of (object kind, name), or ""; ``peers`` are uids that may call for
+        others; ``locked`` raises for an origin or certificate that is locked out; ``services`` are uids that call for
+        themselves only, and who they are.
+        """
         self._methods = methods
         self._permissions = permissions
         self._configuration = configuration
         self._audit = audit
         self._identify = identify
         self._peers = peers
+        self._locked = locked
+        self._services = services or {}
         self._strangers = Throttle(audit.append, "core")
         self._running: dict[asyncio.Task[Any], bool] = {}
 
@@ -150,9 +158,11 @@ class Dispatcher:
 
     async def _handle(self, request: wire.Request, channel: wire.Channel) -> Any:
         peer = channel.peer
+        call = Call(channel)
+        if (service := self._services.get(peer.uid)) is not None:
+            return await self._call(request.method, decode(request.params, HostEnvelope), call, service)
         if peer.uid not in self._peers:
             raise self._foreign(peer.uid)
-        call = Call(channel)
         # Root needs no certificate, and gets no more than the matrix gives the host itself.
         if peer.uid == _ROOT and "caller" not in request.params:
             return await self._call(request.method, decode(request.params, HostEnvelope), call)
@@ -167,9 +177,11 @@ class Dispatcher:
         )
         return Forbidden(reason)
 
-    async def _call(self, name: str, envelope: Envelope | HostEnvelope, call: Call) -> Any:
+    async def _call(
+        self, name: str, envelope: Envelope | HostEnvelope, call: Call, service: Actor = HOST
+    ) -> Any:
         method = self._methods.get(name)
-        case, args = await self._decide(name, method, envelope)
+        case, args = await self._decide(name, method, envelope, service)
         assert method is not None
         call.actor, call.request = case.actor, case.request
         # Each call runs in a task, and so in a context, of its own.
@@ -178,17 +190,20 @@ class Dispatcher:
             return await self._read(method, case, args, call)
         return await self._change(method, case, args, call)
 
-    async def _decide(self, name: str, method: Method | None, envelope: Envelope | HostEnvelope) -> tuple[_Case, Any]:
+    async def _decide(
+        self, name: str, method: Method | None, envelope: Envelope | HostEnvelope, service: Actor
+    ) -> tuple[_Case, Any]:
         """Whether the call may be made. Raises: UserError, once the refusal is on record."""
         type_, thing = name if method else _UNKNOWN_METHOD, _raw_object(method, envelope.args)
         if isinstance(envelope, Envelope):
             caller = envelope.caller
             case = _Case(type_, _unknown(caller), thing, caller.request_id)
         else:
-            case = _Case(type_, HOST, thing, str(uuid4()))
+            case = _Case(type_, service, thing, str(uuid4()))
         try:
             if isinstance(envelope, Envelope):
                 case.actor = self._actor(envelope.caller)
+                self._locked(envelope.caller.origin, envelope.caller.fingerprint)
             if method is None:
                 raise NotFound(f"there is no method {name[:64]!r}")
             self._permissions.check(case.actor.role, name)
@@ -275,6 +290,6 @@ def _unknown(caller: Caller) -> Actor:
 
 def _raw_object(method: Method | None, args: Mapping[str, Any]) -> Object:
     """What a call is about, before its arguments were checked."""
-    name = args.get("name", "")
     kind = method.object_kind if method else ""
-    return Object(kind=kind, name=name[:63] if isinstance(name, str) and kind else "")
+    name, id = (given if kind and isinstance(given := args.get(key), str) else "" for key in ("name", "id"))
+    return Object(kind=kind, name=name[:63], id=id[:36])

@@ -11,13 +11,14 @@ import msgspec
 
 from vmm.errors import Unavailable
 from vmm.machines.host import Host
-from vmm.paths import AUDIT_STORE, CORE_STATE, KERNEL_STATUS, ROOT
+from vmm.paths import AUDIT_STORE, CORE_STATE, GUARD_STATUS, KERNEL_STATUS, ROOT
 
 _SECURE_BOOT = "sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
 
 _KERNEL_STATUS = str(KERNEL_STATUS.relative_to(ROOT))
-_KERNEL_PATIENCE_S = 60.0
-"""It writes its status every 15 seconds."""
+_GUARD_STATUS = str(GUARD_STATUS.relative_to(ROOT))
+_PATIENCE_S = 60.0
+"""Both write their status every 15 seconds at least."""
 
 Verdict = tuple[bool, str]
 
@@ -30,6 +31,15 @@ class _KernelStatus(msgspec.Struct, frozen=True):
     problem: str
     serial: int
     lost: int
+
+
+class _GuardStatus(msgspec.Struct, frozen=True):
+    """What is read of the guard's status: when it wrote that, and how far it is."""
+
+    at: int
+    pid: int
+    seq: int
+    problem: str = ""
 
 
 class Check(msgspec.Struct, frozen=True):
@@ -73,6 +83,7 @@ class Platform:
             "tpm": self._tpm,
             "volumes-encrypted": self._encrypted,
             "kernel-audit": self._kernel_audit,
+            "guard": self._guard,
         }
         return {name: self._guarded(check) for name, check in checks.items()}
 
@@ -145,10 +156,26 @@ class Platform:
             return False, "the kernel's audit events are not read"
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             return False, f"the status of the reader of the kernel's audit events: {error}"
-        alive = (self._root / f"proc/{said.pid}").exists() and time.monotonic() - said.at < _KERNEL_PATIENCE_S
+        alive = self._lives(said.pid, said.at)
         if said.problem or not alive:
             return False, said.problem or "the reader of the kernel's audit events is gone or hangs"
         return True, f"read up to event {said.serial}; the kernel lost {said.lost}"
+
+    def _guard(self) -> Verdict:
+        """Whether the guard follows the trail, as it says, if it lives (vmm/guard/daemon.py)."""
+        try:
+            said = msgspec.json.decode(self._text(_GUARD_STATUS), type=_GuardStatus)
+        except FileNotFoundError:
+            return False, "the guard does not run"
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            return False, f"the guard's status: {error}"
+        if said.problem or not self._lives(said.pid, said.at):
+            return False, said.problem or "the guard is gone or hangs"
+        return True, f"went by the trail up to record {said.seq}"
+
+    def _lives(self, pid: int, at: int) -> bool:
+        """Whether a process is there, and wrote its status (monotonic seconds) of late."""
+        return (self._root / f"proc/{pid}").exists() and time.monotonic() - at < _PATIENCE_S
 
     def _encrypted(self) -> Verdict:
         plain = [name for name, path in self._volumes.items() if not self._is_encrypted(path)]

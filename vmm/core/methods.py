@@ -63,7 +63,9 @@ class Handlers:
         }
 
     async def identify(self, kind: str, name: str) -> str:
-        """The id of a volume or machine, or "" when there is none of that name."""
+        """The id of a volume or machine, or "" when there is none of that name, or it is something else."""
+        if kind not in ("volume", "machine"):
+            return ""
         show = self._volumes.uuid if kind == "volume" else self._machines.uuid
         try:
             return await show(name)

@@ -10,8 +10,9 @@ import msgspec
 from vmm.config.types import Role
 from vmm.errors import Forbidden
 
-SYSTEM: Literal["system"] = "system"
-"""The role of the host itself, which no administrator can have."""
+Service = Literal["system", "guard"]
+"""The roles of the host itself and of its guard, which no administrator can have."""
+SYSTEM: Service = "system"
 
 MATRIX = Path(__file__).with_name("permissions.json")
 
@@ -20,7 +21,7 @@ class Permissions:
     """The matrix as read from its file."""
 
     def __init__(self, path: Path = MATRIX) -> None:
-        self._roles = msgspec.json.decode(path.read_bytes(), type=dict[str, frozenset[Role | Literal["system"]]])
+        self._roles = msgspec.json.decode(path.read_bytes(), type=dict[str, frozenset[Role | Service]])
 
     @property
     def methods(self) -> frozenset[str]:

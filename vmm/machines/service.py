@@ -212,6 +212,8 @@ class Machines:
             state = await self._hypervisor.state(row.id)
             if state is not State.STOPPED:
                 raise Conflict(f"the machine {name!r} is {state.value}", hint="Stop it first.")
+            if row.held is not None:
+                raise Conflict(f"the machine {name!r} is held", hint="What may be evidence is released first.")
             if row.saved is not None and row.saved.phase == "saved":
                 raise Conflict(
                     f"the machine {name!r} is saved", hint="Start it and shut it down, or discard its state: force-off."
@@ -325,6 +327,11 @@ class Machines:
     def permit(self, row: store.Row) -> None:
         """Every call asks here before a machine's processors run, or run on. Raises: UserError saying why not."""
         self.permit_change(row)
+        if row.held is not None:
+            raise Conflict(
+                f"the machine {row.spec.name!r} is held since {row.held.since} by {row.held.by}: {row.held.why}",
+                hint="An administrator may release it.",
+            )
         if self._host_stops:
             raise Unavailable("the host is about to restart")
 

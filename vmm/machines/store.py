@@ -22,6 +22,15 @@ MOST_TRIES = 3
 Power = Literal["off", "on", "resume"]
 
 
+@dataclass(frozen=True)
+class Held:
+    """A machine may not run: since when, by whom and why."""
+
+    since: str
+    by: str
+    why: str
+
+
 class _StoredSpec(MachineSpec, frozen=True, forbid_unknown_fields=False):
     """A specification that a newer release, from which the host fell back, may have written."""
 
@@ -41,6 +50,7 @@ class Row:
     volumes: tuple[str, ...]
     started: Hardware | None = None
     saved: savedrows.Saved | None = None
+    held: Held | None = None
 
     @property
     def running(self) -> Hardware:
@@ -49,8 +59,8 @@ class Row:
 
 
 _SELECT = (
-    f"SELECT id, spec, uid, created, power, started, {savedrows.COLUMNS} "
-    "FROM machines LEFT JOIN saved ON machine_id = id "
+    f"SELECT id, spec, uid, created, power, started, held_since, held_by, held_why, {savedrows.COLUMNS} FROM machines "
+    "LEFT JOIN saved ON saved.machine_id = id LEFT JOIN holds ON holds.machine_id = id "
 )
 
 
@@ -76,9 +86,12 @@ def row_of(connection: sqlite3.Connection, id: UUID) -> Row:
 
 
 def to_resume(connection: sqlite3.Connection) -> list[str]:
-    """Names of the machines that are to be started, in this order: first those that ran when the host stopped."""
+    """Names of the machines that are to be started, in this order: first those that ran when the host stopped.
+
+    What is held waits for its release.
+    """
     found = connection.execute(
-        "SELECT name FROM machines WHERE power = 'resume' "
+        "SELECT name FROM machines WHERE power = 'resume' AND NOT EXISTS (SELECT 1 FROM holds WHERE machine_id = id) "
         "ORDER BY autostarting, json_extract(spec, '$.autostart') NULLS LAST, name"
     )
     return [name for (name,) in found]
@@ -169,12 +182,13 @@ def count_try(connection: sqlite3.Connection, name: str) -> int:
 
 
 def _row(connection: sqlite3.Connection, found: tuple[Any, ...]) -> Row:
-    id, spec, uid, created, power, started, *columns = found
+    id, spec, uid, created, power, started, since, by, why, *columns = found
     volumes = connection.execute("SELECT volume_id FROM disks WHERE machine_id = ? ORDER BY position", (id,))
     saved = None if columns[0] is None else savedrows.made(*columns)
     spec = msgspec.json.decode(spec, type=_StoredSpec)
     hardware = None if started is None else msgspec.json.decode(started, type=Hardware)
-    return Row(UUID(id), spec, uid, created, power, tuple(volume for (volume,) in volumes), hardware, saved)
+    held = None if since is None else Held(since, by, why)
+    return Row(UUID(id), spec, uid, created, power, tuple(volume for (volume,) in volumes), hardware, saved, held)
 
 
 def _free_volume(connection: sqlite3.Connection, field: str, name: str) -> str:

@@ -101,6 +101,14 @@ class SavedState(msgspec.Struct, frozen=True):
     reason: str
 
 
+class Held(msgspec.Struct, frozen=True):
+    """That a machine may not run: since when (UTC), by whom it was held, and why."""
+
+    since: str
+    by: str
+    reason: str
+
+
 class Pending(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a machine that runs has been changed to, and gets with its next start; what does not change is not named."""
 
@@ -133,6 +141,7 @@ class Machine(msgspec.Struct, frozen=True):
     on_crash: OnCrash
     saved: SavedState | None
     pending: Pending | None
+    held: Held | None
 
 
 class Stats(msgspec.Struct, frozen=True):

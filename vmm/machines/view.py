@@ -5,7 +5,7 @@ from __future__ import annotations
 from vmm.hypervisor import domain
 from vmm.hypervisor.types import Domain, State
 from vmm.machines.store import Row
-from vmm.machines.types import Hardware, Machine, Pending, SavedState
+from vmm.machines.types import Hardware, Held, Machine, Pending, SavedState
 
 
 def need(hardware: Hardware) -> int:
@@ -52,6 +52,7 @@ def view(row: Row, state: State) -> Machine:
         spec.on_crash,
         saved,
         _pending(has, spec.hardware),
+        None if row.held is None else Held(row.held.since, row.held.by, row.held.why),
     )
 
 
