@@ -37,12 +37,13 @@ MEANINGS = {
     "outcome": "`pending` for intents, else `success` or `failure`",
     "reason": "why, in words; empty for success",
     "request": "name of the operation: the same in the records of one call, and in the answer's `request_id`",
-    "actor.id": "who: an administrator's name, a certificate's SHA-256 where it is nobody's, `holdfast` for the host "
+    "actor.id": "who: an identity's name, a certificate's SHA-256 where it is nobody's, `holdfast` for the host "
     "itself, `uid N` or `libvirtd` for a process, `-` where nobody is known",
     "actor.role": "the role under which it was decided",
     "actor.origin": "address and port of the client, or `local`",
     "actor.certificate": "SHA-256 of the certificate that TLS verified; absent where there was none",
-    "object.kind": "what was acted on: `machine`, `volume`, `release`, `session`, `configuration`, `host`, or nothing",
+    "object.kind": "what was acted on: `machine`, `volume`, `identity`, `release`, `session`, `configuration`, `host`, "
+    "or nothing",
     "object.id": "its UUID, or what identifies it",
     "object.name": "its name",
     "extra": "the type's own fields",

@@ -52,12 +52,23 @@ class Requirement(msgspec.Struct, frozen=True):
     audit_events: list[AuditEvent] = []
 
 
+class Function(msgspec.Struct, frozen=True):
+    """A management function of FMT_MOF_EXT.1: whether users may have it, and which roles have it here."""
+
+    n: int
+    function: str
+    user: str
+    provided: bool
+    roles: list[str]
+
+
 class Requirements(msgspec.Struct, frozen=True):
     """The file's parts that reports and tests join with what there is."""
 
     esr: list[Bullet]
     sfrs: list[Requirement]
     audit_record_fields: list[RecordField] = []
+    management_functions: list[Function] = []
 
     def ids(self) -> frozenset[str]:
         """The names that a test's sfr marker may give."""

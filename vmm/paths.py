@@ -10,6 +10,7 @@ ROOT = Path(os.environ.get("HOLDFAST_ROOT", "/"))
 RUN = ROOT / "run/holdfast"
 AUDIT_SOCKET = RUN / "audit/audit.sock"
 CORE_SOCKET = RUN / "core/core.sock"
+PINS = RUN / "core/pins.json"
 IMPORT_SOCKET = RUN / "import.sock"
 FETCH_SOCKET = RUN / "fetch.sock"
 ANCHOR_SOCKET = RUN / "anchor.sock"

@@ -36,11 +36,15 @@ class Workstation:
         if code not in accepted:
             die(f"`holdfast {words}` ended with exit code {code}")
 
+    def meet(self, host: Host) -> None:
+        """Pin the host's certificate, as its console shows it. Raises: UserError; Expired."""
+        self.holdfast(f"remote add hf1 https://127.0.0.1:{host.port} --fingerprint {_fingerprint(host)} --default")
+
     def demonstrate(self, host: Host) -> None:
         """Take a machine of the host through its life. Raises: UserError by the first command that fails."""
         # A name of its own, whatever an interrupted run left behind.
         name = time.strftime("demo-%H%M%S")
-        self.holdfast(f"remote add hf1 https://127.0.0.1:{host.port} --fingerprint {_fingerprint(host)} --default")
+        self.meet(host)
         deadline = Deadline(60 * host.acceleration.scale, "core and libvirt answer")
         listing = [sys.executable, "-m", "vmm.cli", "vm", "list"]
         while run(listing, check=False, env=self._environment).returncode != 0:

@@ -158,6 +158,7 @@ async def rig(directory: Path, *administrators: Identity) -> AsyncIterator[Rig]:
         config_error=directory / "config-error.json",
         state=directory / "api",
         core=directory / "core.sock",
+        pins=directory / "pins.json",
         audit=directory / "audit.sock",
         port=0,
     )

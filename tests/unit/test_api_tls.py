@@ -140,6 +140,21 @@ def test_refusals_are_recorded_at_a_bounded_rate(tmp_path: Path) -> None:
     assert [record["extra"] for record in records] == [{}] * 5 + [{"suppressed": 6}]
 
 
+def test_noise_keeps_no_refused_certificate_from_being_on_record(tmp_path: Path) -> None:
+    """Who tries certificates is counted, however many connect beside and say nothing."""
+
+    async def check() -> None:
+        async with rig(tmp_path) as api:
+            for _ in range(12):
+                _, writer = await asyncio.open_connection("127.0.0.1", api.port)
+                writer.close()
+                await writer.wait_closed()
+            await api.until(lambda: len(api.recorded("tls.handshake")) == 5)
+            assert (await refusal(api, identity("mallory"))).startswith("certificate refused")
+
+    asyncio.run(check())
+
+
 def test_throttle_lets_records_through_again_with_time() -> None:
     class Audit(AuditClient):
         seen: list[Any] = []
@@ -268,7 +283,7 @@ def test_server_files_are_kept_and_remade_when_unusable(tmp_path: Path) -> None:
 
 
 def test_unreadable_pinned_certificate_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="administrator's certificate"):
+    with pytest.raises(UserError, match="pinned certificate"):
         tls.server_context(tmp_path, "hf1", "dhcp", ["-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"])
 
 

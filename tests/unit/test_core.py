@@ -63,7 +63,7 @@ def test_every_method_obeys_the_matrix(tmp_path: Path, role: str) -> None:
 def test_strangers_and_unknown_methods_are_refused_on_record(tmp_path: Path) -> None:
     async def calls() -> None:
         async with running(tmp_path) as core:
-            with pytest.raises(Forbidden, match="no administrator has this certificate"):
+            with pytest.raises(Forbidden, match="no identity has this certificate"):
                 await core.call("machine.delete", "nobody", name="web")
             with pytest.raises(NotFound, match="no method 'machine.format'"):
                 await core.call("machine.format")
@@ -285,7 +285,7 @@ def test_configuration_is_read_anew_when_it_changes(tmp_path: Path) -> None:
             fewer = msgspec.structs.replace(configuration(), administrators=configuration().administrators[1:])
             core.configuration.with_suffix(".new").write_bytes(msgspec.json.encode(fewer))
             core.configuration.with_suffix(".new").replace(core.configuration)
-            with pytest.raises(Forbidden, match="no administrator"):
+            with pytest.raises(Forbidden, match="no identity"):
                 await core.call("config.read")
             core.configuration.unlink()
             with pytest.raises(Unavailable, match="no configuration in force"):
@@ -314,6 +314,7 @@ def test_audit_is_read_through_core(tmp_path: Path) -> None:
             assert await core.call("audit.read", "auditor", after=41, limit=10) == {
                 "records": [{"seq": 42}],
                 "next": None,
+                "reached": 42,
             }
             intent_and_others = len(core.audit.entries) + 1
             assert await core.call("audit.anchor", "auditor") == {"covers": intent_and_others}

@@ -12,6 +12,7 @@ import pytest
 
 from tests.unit.test_core_rig import Rig, fingerprint, running
 from tests.unit.test_guests import SPEC, make
+from tests.unit.test_scopes import ended
 from vmm import wire
 from vmm.core.locks import LockedOut, Locking, Locks, Unlocking
 from vmm.errors import Conflict, Forbidden, NotFound, UserError
@@ -202,13 +203,13 @@ def test_who_is_locked_out_is_refused_on_record_and_others_are_not(tmp_path: Pat
             lock = await core.call("access.lock", **who, seconds=9, reason="r")
             assert lock["by"] == "admin-1"
             with pytest.raises(UserError, match="this certificate is locked out until"):
-                await core.call("machine.list", role="operator")
+                await core.call("machine.list", "operator")
             last = core.audit.entries[-1]
             assert (last.type, last.outcome, last.actor.id) == ("machine.list", "failure", "operator-1")
             await core.call("machine.list")
             assert [one["value"] for one in (await core.call("access.locks"))["locks"]] == [fingerprint("operator")]
             await core.call("access.unlock", **who)
-            await core.call("machine.list", role="operator")
+            await core.call("machine.list", "operator")
             await core.call("access.lock", kind="source", value=SOURCE, seconds=9, reason="r")
             with pytest.raises(UserError, match="this source is locked out"):
                 await core.call("access.unlock", kind="source", value=SOURCE)
@@ -218,10 +219,30 @@ def test_who_is_locked_out_is_refused_on_record_and_others_are_not(tmp_path: Pat
     asyncio.run(life())
 
 
+def test_what_is_open_ends_with_the_lock(tmp_path: Path) -> None:
+    """By the certificate that opened it, or the address that it was opened from; those of others go on."""
+
+    async def life() -> None:
+        async with running(tmp_path) as core:
+            await make(core.rig, "web", "db")
+            first = await core.open("machine.console", "operator", name="web")
+            second = await core.open("machine.console", "admin", name="db")
+            for channel in (first, second):
+                assert (await channel.receive())[0] is wire.Kind.DATA
+            who = {"kind": "certificate", "value": fingerprint("operator")}
+            await core.call("access.lock", **who, seconds=9, reason="r")
+            assert "this certificate is locked out" in (await ended(first)).message
+            assert [console.closed for console in core.rig.hypervisor.consoles] == [True, False]
+            await core.locks.lock(locking(), GUARD.id)
+            assert "this source is locked out" in (await ended(second)).message
+
+    asyncio.run(life())
+
+
 def test_rules_are_set_shown_and_reset(tmp_path: Path) -> None:
     async def life() -> None:
         async with running(tmp_path) as core:
-            shipped = {rule["name"]: rule for rule in (await core.call("guard.rules", role="auditor"))["rules"]}
+            shipped = {rule["name"]: rule for rule in (await core.call("guard.rules", "auditor"))["rules"]}
             rule = shipped["guest-denied"]
             assert rule["enabled"] and (rule["count"], rule["action"]) == (5, "hold")
             changed = await core.call("guard.set", name="guest-denied", enabled=False, count=2)
@@ -280,14 +301,14 @@ def test_operators_release_nothing(tmp_path: Path) -> None:
         async with running(tmp_path) as core:
             await make(core.rig, "web")
             with pytest.raises(Forbidden):
-                await core.call("machine.hold", role="operator", name="web", reason="r")
+                await core.call("machine.hold", "operator", name="web", reason="r")
             await core.call("machine.hold", name="web", reason="r")
             with pytest.raises(Conflict, match="is held"):
-                await core.call("machine.resume", role="operator", name="web")
+                await core.call("machine.resume", "operator", name="web")
             with pytest.raises(Forbidden):
-                await core.call("machine.release", role="operator", name="web")
+                await core.call("machine.release", "operator", name="web")
             await core.call("machine.release", name="web")
-            await core.call("machine.resume", role="operator", name="web")
+            await core.call("machine.resume", "operator", name="web")
 
     asyncio.run(life())
 

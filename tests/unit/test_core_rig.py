@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import hashlib
 import os
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from tests.unit import test_config_rig
 from tests.unit.test_hypervisor_rig import FakeHypervisor
 from vmm import wire
 from vmm.audit.client import AuditClient, Entry
@@ -26,6 +27,8 @@ from vmm.core.guard_methods import GuardHandlers
 from vmm.core.guests import Guests
 from vmm.core.health import Health, judge
 from vmm.core.host_methods import HostHandlers
+from vmm.core.identities import Identities
+from vmm.core.identity_methods import IdentityHandlers
 from vmm.core.locks import Locks
 from vmm.core.machine_methods import MachineHandlers
 from vmm.core.methods import Handlers
@@ -70,7 +73,8 @@ class FakeAudit:
             self.entries.append(entry)
             return {"seq": len(self.entries)}
         if request.method == "read":
-            return {"records": [{"seq": request.params["after"] + 1}], "next": None}
+            number = request.params["after"] + 1
+            return {"records": [{"seq": number}], "next": None, "reached": number}
         if request.method == "status":
             return {"records": len(self.entries), "rule": {"when_full": "overwrite"}}
         if request.method == "purge":
@@ -122,14 +126,13 @@ def make_host(root: Path, *, memory: int = 4096 * MIB) -> Host:
     return Host(root)
 
 
-def certificate(role: str) -> str:
-    """Something that has a fingerprint; core leaves the rest to those who checked it."""
-    body = base64.encodebytes(f"the certificate of {role}".encode()).decode()
-    return f"-----BEGIN CERTIFICATE-----\n{body}-----END CERTIFICATE-----\n"
+def certificate(who: str) -> str:
+    """The certificate of a role's configured administrator, or of anybody else; one each."""
+    return test_config_rig.certificate(who, "p256")
 
 
-def fingerprint(role: str) -> str:
-    return hashlib.sha256(f"the certificate of {role}".encode()).hexdigest()
+def fingerprint(who: str) -> str:
+    return hashlib.sha256(ssl.PEM_cert_to_DER_cert(certificate(who))).hexdigest()
 
 
 def configuration() -> Configuration:
@@ -199,8 +202,10 @@ class Core:
         (directory / "recovery").mkdir()
         applied = AppliedConfiguration(self.configuration)
         audit = AuditClient(directory / "audit.sock")
+        self.identities = Identities(applied, self.rig.database, directory / "pins.json")
+        recovery = Recovery(directory / "recovery")
         self.handlers = Handlers(
-            applied, self.rig.volumes, self.rig.machines, audit, self._health, Recovery(directory / "recovery")
+            applied, self.rig.volumes, self.rig.machines, audit, self._health, recovery, self.identities
         )
         self.updater = FakeUpdater()
         updater = UpdateClient(directory / "update.sock", prompt=0.1)
@@ -219,15 +224,18 @@ class Core:
         self.now = 1_000_000.0
         self.locks = Locks(rig.database, lambda: self.now)
         self.methods |= GuardHandlers(rig.database, self.holds, self.locks).table()
+        permissions = Permissions()
+        self.methods |= IdentityHandlers(self.identities, permissions).table()
         self.dispatcher = Dispatcher(
-            *(self.methods, Permissions(), applied, audit, self.handlers.identify, frozenset({0, os.geteuid()})),
+            *(self.methods, permissions, self.identities, audit, self.handlers.identify, frozenset({0, os.geteuid()})),
             locked=self.locks.check,
         )
+        self.identities.on_change = self.locks.on_lock = self.dispatcher.recheck
 
-    async def call(self, method: str, role: str = "admin", **args: Any) -> Any:
+    async def call(self, method: str, role: str = "admin", /, **args: Any) -> Any:
         return await wire.call(self.socket, method, self.params(role, args))
 
-    async def open(self, method: str, role: str = "admin", **args: Any) -> wire.Channel:
+    async def open(self, method: str, role: str = "admin", /, **args: Any) -> wire.Channel:
         return await wire.open_call(self.socket, method, self.params(role, args))
 
     def params(self, role: str, args: dict[str, Any]) -> dict[str, Any]:

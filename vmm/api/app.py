@@ -18,7 +18,7 @@ from vmm import wire
 from vmm.api import answers
 from vmm.api.answers import HttpError
 from vmm.api.connection import Connection
-from vmm.api.routes import BANNER, ROUTES, Route
+from vmm.api.routes import BANNER, IDENTITY_CHANGES, ROUTES, Route
 from vmm.api.streams import console, follow, upload
 from vmm.audit.client import Actor, Entry
 from vmm.audit.throttle import Throttle
@@ -33,11 +33,15 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Api:
-    """The application and what its handlers share. ``banner`` may be replaced at any time."""
+    """The application and what its handlers share. ``banner`` may be replaced at any time.
+
+    ``on_identities`` is called when identities may have changed, before whoever asked for that is answered.
+    """
 
     def __init__(self, core: Path, strangers: Throttle, banner: str) -> None:
         """Arguments: core's socket; where requests without certificate are reported; the text before any login."""
         self.banner = banner
+        self.on_identities: Callable[[], None] = lambda: None
         self.consoles: set[web.WebSocketResponse] = set()
         self.followers: set[Connection] = set()
         self._core = core
@@ -110,7 +114,11 @@ class Api:
                 async with await wire.open_call(self._core, route.method, params) as channel:
                     result = await upload(request, channel)
             else:
-                result = await wire.call(self._core, route.method, params)
+                try:
+                    result = await wire.call(self._core, route.method, params)
+                finally:
+                    if route.method in IDENTITY_CHANGES:
+                        self.on_identities()
             return answers.value(result, route.status, request[_ID])
 
         return handle

@@ -8,6 +8,7 @@ import hashlib
 import sys
 import traceback
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 from ssl import SSLObject
@@ -83,12 +84,15 @@ class Session:
 class Connection(web.RequestHandler):
     """aiohttp's side of a connection, with what it lacks: an identity, an end to wait for, and limits.
 
-    ``session`` is None without a certificate. ``closed`` is done when the connection is gone.
+    ``session`` is None without a certificate. ``closed`` is done when the connection is gone. ``foreign`` is one whose
+    certificate TLS took and which is nobody's all the same: it was issued by a known one, or revoked in that moment.
     """
 
-    __slots__ = ("_audit", "_first", "closed", "identity", "origin", "requests", "session")
+    __slots__ = ("_audit", "_first", "_is_known", "closed", "foreign", "identity", "origin", "requests", "session")
 
-    def __init__(self, server: web.Server, audit: AuditClient, origin: str) -> None:
+    def __init__(
+        self, server: web.Server, audit: AuditClient, origin: str, is_known: Callable[[Identity], bool]
+    ) -> None:
         loop = asyncio.get_running_loop()
         super().__init__(
             server,
@@ -100,17 +104,22 @@ class Connection(web.RequestHandler):
             auto_decompress=False,
         )
         self._audit = audit
+        self._is_known = is_known
         self._first: asyncio.TimerHandle | None = None
         self.origin = origin
         self.identity: Identity | None = None
         self.session: Session | None = None
         self.requests = 0
+        self.foreign = False
         self.closed: asyncio.Future[None] = loop.create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # Before aiohttp hears of it: the first request may lie in the packet that ends the handshake.
         self.identity = identity_of(transport.get_extra_info("ssl_object"))
-        if self.identity is not None:
+        if self.identity is not None and not self._is_known(self.identity):
+            self.foreign = True
+            cast(asyncio.Transport, transport).abort()
+        elif self.identity is not None:
             self.session = Session(self._audit, self.identity, self.origin)
         # aiohttp limits the time between requests, but not the time before the first one.
         self._first = self._loop.call_later(FIRST_REQUEST, self._expire)

@@ -12,7 +12,8 @@ from collections.abc import Callable
 
 from aiohttp import web
 
-from vmm.api.connection import Connection, begin_quietly
+from vmm.api.connection import Connection, Identity, begin_quietly
+from vmm.api.tls import Pins
 from vmm.audit.client import Actor, AuditClient, Entry
 from vmm.audit.throttle import Throttle
 from vmm.errors import Unavailable
@@ -25,17 +26,20 @@ MAX_PER_SOURCE = 16
 MAX_HANDSHAKES = 32
 """Handshakes under way at once; above MAX_PER_SOURCE, so that one source alone cannot keep others out."""
 _BACKLOG = 128
+_REFUSED = "certificate refused"
+"""A rule of the guard's knows these by their beginning (vmm/guard/rules.json)."""
 
 
 class Listener:
     """Owns the listening socket and every accepted one.
 
-    ``context`` may be replaced and holds for new connections then; ``port`` is known once started.
+    ``port`` is known once started.
     """
 
-    def __init__(self, server: web.Server, audit: AuditClient, failures: Throttle, context: ssl.SSLContext) -> None:
-        self.context = context
-        self.failures = failures
+    def __init__(self, server: web.Server, audit: AuditClient, throttle: Callable[[], Throttle], pins: Pins) -> None:
+        self._pins = pins
+        # Noise must not keep refused certificates, which are counted, from being on record.
+        self.failures, self.refusals = throttle(), throttle()
         self.port = 0
         self.connections: set[Connection] = set()
         self._server = server
@@ -44,6 +48,16 @@ class Listener:
         self._handshakes = asyncio.Semaphore(MAX_HANDSHAKES)
         self._tasks: set[asyncio.Task[None]] = set()
         self._accepting: asyncio.Task[None] | None = None
+
+    def pin(self, pins: Pins) -> None:
+        """Let in who is known from now on; whoever no longer is loses its connections."""
+        self._pins = pins
+        for connection in list(self.connections):
+            if connection.identity is not None and not self._is_known(connection.identity):
+                connection.force_close()
+
+    def _is_known(self, identity: Identity) -> bool:
+        return identity.fingerprint in self._pins.fingerprints
 
     def start(self, port: int) -> None:
         """Listen on every address (the host's packet filter lets only the management interface through).
@@ -109,12 +123,12 @@ class Listener:
                     del self._sources[source]
 
     async def _handshake(self, accepted: socket.socket, origin: str) -> Connection | None:
-        connection = Connection(self._server, self._audit, origin)
+        connection = Connection(self._server, self._audit, origin, self._is_known)
         factory: Callable[[], Connection] = lambda: connection  # noqa: E731
         async with self._handshakes:
             try:
                 await asyncio.get_running_loop().connect_accepted_socket(
-                    factory, accepted, ssl=self.context, ssl_handshake_timeout=HANDSHAKE, ssl_shutdown_timeout=5.0
+                    factory, accepted, ssl=self._pins.context, ssl_handshake_timeout=HANDSHAKE, ssl_shutdown_timeout=5.0
                 )
             except OSError as error:
                 self._failed(origin, _reason(error))
@@ -122,6 +136,8 @@ class Listener:
         return connection
 
     async def _connected(self, connection: Connection) -> None:
+        if connection.foreign:
+            self._failed(connection.origin, f"{_REFUSED}: not a known one")
         self.connections.add(connection)
         try:
             if connection.session is not None:
@@ -136,13 +152,14 @@ class Listener:
                 print(f"api: end of session not recorded: {error.message}", file=sys.stderr, flush=True)
 
     def _failed(self, origin: str, reason: str) -> None:
-        self.failures.report(Entry(type="tls.handshake", actor=Actor(origin=origin), outcome="failure", reason=reason))
+        throttle = self.refusals if reason.startswith(_REFUSED) else self.failures
+        throttle.report(Entry(type="tls.handshake", actor=Actor(origin=origin), outcome="failure", reason=reason))
 
 
 def _reason(error: OSError) -> str:
     match error:
         case ssl.SSLCertVerificationError():
-            return f"certificate refused: {error.verify_message}"
+            return f"{_REFUSED}: {error.verify_message}"
         case ssl.SSLError():
             return error.reason or "TLS error"
         case ConnectionAbortedError():

@@ -10,6 +10,10 @@ BANNER = "/v1/banner"
 """Answered by the API itself, and the only thing anybody gets without a certificate."""
 
 
+IDENTITY_CHANGES = frozenset({"identity.enroll", "identity.change", "identity.revoke"})
+"""The methods by which it may change who is let in."""
+
+
 @dataclass(frozen=True)
 class Route:
     """One call of the API.
@@ -35,6 +39,13 @@ ROUTES = (
     Route("GET", "/v1/version", "version.read"),
     Route("GET", "/v1/health", "health.read"),
     Route("GET", "/v1/configuration", "config.read"),
+    Route("GET", "/v1/whoami", "identity.whoami"),
+    Route("GET", "/v1/access", "access.query"),
+    Route("GET", "/v1/identities", "identity.list"),
+    Route("POST", "/v1/identities", "identity.enroll", 201, body=True),
+    Route("GET", "/v1/identities/{name}", "identity.show"),
+    Route("POST", "/v1/identities/{name}/change", "identity.change", body=True),
+    Route("DELETE", "/v1/identities/{name}", "identity.revoke", 204),
     Route("GET", "/v1/volumes", "volume.list"),
     Route("POST", "/v1/volumes", "volume.create", 201, body=True),
     Route("GET", "/v1/volumes/{name}", "volume.show"),

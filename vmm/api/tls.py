@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import ssl
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from vmm import atomic
@@ -17,11 +18,19 @@ _EARLIER = datetime.timedelta(days=1)
 _LONGEST_NAME = 64  # of a common name (RFC 5280); the whole name stands in subjectAltName
 
 
+@dataclass(frozen=True)
+class Pins:
+    """Who is let in: the TLS settings that take their certificates, and the SHA-256 of each."""
+
+    context: ssl.SSLContext
+    fingerprints: frozenset[str]
+
+
 def server_context(directory: Path, hostname: str, address: str, certificates: Iterable[str]) -> ssl.SSLContext:
     """The listener's TLS settings: 1.3 only, and a client certificate that is shown must be a pinned one.
 
     Arguments: ``directory`` keeps server.key and server.crt, which are made when absent or unusable, for ``hostname``
-    and ``address`` (an interface address, or "dhcp"); ``certificates`` are the administrators' (PEM).
+    and ``address`` (an interface address, or "dhcp"); ``certificates`` are the pinned ones (PEM).
     Raises: UserError when a certificate cannot be read; OSError when the files cannot be written.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -34,7 +43,7 @@ def server_context(directory: Path, hostname: str, address: str, certificates: I
     try:
         context.load_verify_locations(cadata="\n".join(certificates))
     except ssl.SSLError as error:
-        raise UserError(f"an administrator's certificate cannot be used: {error.reason or error}") from None
+        raise UserError(f"a pinned certificate cannot be used: {error.reason or error}") from None
     key, certificate = directory / "server.key", directory / "server.crt"
     try:
         context.load_cert_chain(certificate, key)

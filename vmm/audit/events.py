@@ -228,6 +228,16 @@ _OF_CORE = (
     change("gate.probe", "run probe guest", "The health gate has a guest started and ended.", serves=()),
 )
 
+_OF_IDENTITIES = (
+    read("identity.list", "list identities", "Somebody lists those who may call."),
+    read("identity.show", "show identity", "Somebody looks at an identity, and at what it may do.", "identity"),
+    read("identity.whoami", "show own identity", "Somebody asks who the host takes it for, and what it may do."),
+    change("identity.enroll", "enroll identity", "A certificate is to be let in, with a role.", "identity"),
+    change("identity.change", "change identity", "An identity is to have another role or other machines.", "identity"),
+    change("identity.revoke", "revoke identity", "A certificate is to be let in no longer.", "identity"),
+    read("access.query", "show permission matrix", "Somebody asks which role may call what."),
+)
+
 _OF_GUESTS = (
     read("volume.list", "list volumes", "Somebody lists the volumes."),
     read("volume.show", "show volume", "Somebody looks at a volume.", "volume"),
@@ -327,5 +337,5 @@ _OF_HOST = (
     ),
 )
 
-_OURS = (*_OF_AUDIT, *_OF_API, *_OF_CORE, *_OF_GUESTS, *_OF_HOST)
+_OURS = (*_OF_AUDIT, *_OF_API, *_OF_CORE, *_OF_IDENTITIES, *_OF_GUESTS, *_OF_HOST)
 EVENTS = Registry((*_OURS, *UPDATE_EVENTS, *KERNEL_EVENTS, *GUARD_EVENTS))

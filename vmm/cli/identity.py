@@ -1,4 +1,4 @@
-"""`holdfast identity`: the key and certificate by which hosts know this user."""
+"""`holdfast identity`: the key and certificate by which hosts know this user, and whom else a host knows."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from vmm import atomic
-from vmm.cli import settings
-from vmm.cli.command import Commands, add, group
+from vmm.cli import identities, settings
+from vmm.cli.command import Commands, add, group, remotely
 from vmm.cli.output import fingerprint_text, print_fields
 from vmm.config.certificates import check_certificate
 from vmm.errors import Conflict, NotFound
@@ -27,14 +27,16 @@ _BACKDATED = datetime.timedelta(hours=1)
 
 def register(commands: Commands) -> None:
     """Add the commands to the parser."""
-    verbs = group(commands, "identity", "manage the certificate that hosts know you by")
+    verbs = group(commands, "identity", "manage the certificate that hosts know you by, and those that a host knows")
     parser = add(verbs, "create", "make a P-384 key and a client certificate, valid for five years", _create)
     parser.add_argument("--name", help="common name in the certificate (default: user@computer)")
     parser.add_argument(
         "--force", action="store_true", help="replace the present identity; hosts know only the old one"
     )
-    parser = add(verbs, "show", "show the certificate", _show)
-    parser.add_argument("--pem", action="store_true", help="print the certificate itself, for a seed")
+    parser = add(verbs, "show", "show your own certificate, or an identity that the host knows", _show)
+    parser.add_argument("name", nargs="?", help="an identity of the host's (default: your own certificate)")
+    parser.add_argument("--pem", action="store_true", help="print your certificate itself, to have it enrolled")
+    identities.register(verbs)
 
 
 def make(common_name: str) -> tuple[bytes, bytes]:
@@ -82,19 +84,26 @@ def _create(args: argparse.Namespace) -> None:
     key, certificate = make(args.name or f"{getpass.getuser()}@{socket.gethostname()}")
     atomic.write(settings.key_path(), key, mode=0o600)
     atomic.write(settings.certificate_path(), certificate)
-    _show(argparse.Namespace(pem=False))
+    _show_own(pem=False)
 
 
-def _show(args: argparse.Namespace) -> None:
+def _show(args: argparse.Namespace) -> int | None:
+    if args.name is not None:
+        return remotely(identities.show)(args)
+    _show_own(pem=args.pem)
+    return None
+
+
+def _show_own(*, pem: bool) -> None:
     path = settings.certificate_path()
     try:
-        pem = path.read_text(encoding="ascii")
+        text = path.read_text(encoding="ascii")
     except FileNotFoundError:
         raise NotFound("there is no identity yet", hint="make one with `holdfast identity create`") from None
-    if args.pem:
-        print(pem, end="")
+    if pem:
+        print(text, end="")
         return
-    certificate = check_certificate(pem)
+    certificate = check_certificate(text)
     print_fields(
         [
             ("Subject", certificate.subject.rfc4514_string()),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
 from vmm.config.types import Administrator, Configuration
-from vmm.errors import Forbidden, Unavailable
+from vmm.errors import Unavailable
 from vmm.paths import APPLIED_CONFIG
 
 _Stamp = tuple[int, int, int]
@@ -38,13 +39,10 @@ class AppliedConfiguration:
             raise Unavailable(f"{self._path} cannot be read: {error}", hint="Its console says why.") from None
         return self._document
 
-    def administrator(self, fingerprint: str) -> Administrator:
-        """Who has the certificate with this fingerprint. Raises: Forbidden; Unavailable."""
+    def administrators(self) -> Mapping[str, Administrator]:
+        """Fingerprint of the certificate → whose it is. Raises: Unavailable."""
         self.document()
-        found = self._administrators.get(fingerprint)
-        if found is None:
-            raise Forbidden("no administrator has this certificate")
-        return found
+        return self._administrators
 
     def networks(self) -> dict[str, str]:
         """The operational networks: name → bridge. Raises: Unavailable."""

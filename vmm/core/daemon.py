@@ -22,6 +22,8 @@ from vmm.core.guard_methods import GuardHandlers
 from vmm.core.guests import Guests, recorder
 from vmm.core.health import Health, Platform, Verdict, judge
 from vmm.core.host_methods import HostHandlers
+from vmm.core.identities import Identities
+from vmm.core.identity_methods import IdentityHandlers
 from vmm.core.locks import Locks
 from vmm.core.machine_methods import MachineHandlers
 from vmm.core.methods import Handlers
@@ -137,25 +139,29 @@ async def serve() -> None:
     await locks.load()
     await volumes.recover()
     await machines.recover()
+    identities = Identities(configuration, database)
+    await identities.publish()
     try:
         await hypervisor.connect()
     except Unavailable as error:
         print(f"core: {error.message}; trying on", file=sys.stderr, flush=True)
     await holds.enforce()
     watch = Watch(Platform(), hypervisor, machines, audit)
-    handlers = Handlers(configuration, volumes, machines, audit, watch.health, Recovery())
+    handlers = Handlers(configuration, volumes, machines, audit, watch.health, Recovery(), identities)
     updater = UpdateClient()
     guests = Guests(machines, hypervisor, audit)
     probe = Probe(database, hypervisor, host, nvram, machines, CORE_STATE / "probe")
     machine_handlers = MachineHandlers(machines, Power(machines, hypervisor), Changes(machines, database))
+    permissions = Permissions()
     methods = handlers.table() | machine_handlers.table() | HostHandlers(updater, guests, probe).table()
-    methods |= GuardHandlers(database, holds, locks).table()
+    methods |= GuardHandlers(database, holds, locks).table() | IdentityHandlers(identities, permissions).table()
     dispatcher = Dispatcher(
-        *(methods, Permissions(), configuration, audit, handlers.identify),
+        *(methods, permissions, identities, audit, handlers.identify),
         peers=frozenset({0, os.geteuid(), *_uid(API_USER)}),
         locked=locks.check,
         services=dict.fromkeys(_uid(GUARD_USER), GUARD),
     )
+    identities.on_change = locks.on_lock = dispatcher.recheck
     server = await wire.serve(CORE_SOCKET, dispatcher.handle, mode=0o666)
     automatic = AutoUpdate(configuration, updater, dispatcher.perform)
     keeping = [asyncio.create_task(work) for work in (watch.keep(), automatic.keep())]

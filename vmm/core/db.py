@@ -13,7 +13,7 @@ from vmm.errors import UserError
 
 T = TypeVar("T")
 
-VERSION = 5
+VERSION = 6
 
 
 class Database:

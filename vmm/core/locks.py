@@ -6,7 +6,7 @@ import ipaddress
 import re
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Annotated, Literal
 
@@ -62,6 +62,8 @@ class Locks:
         self._database = database
         self._clock = clock
         self._locks: dict[tuple[str, str], tuple[float, Lock]] = {}
+        # Told when there is one more.
+        self.on_lock: Callable[[], Awaitable[None]] | None = None
 
     async def load(self) -> None:
         """Take over what was locked before; call once, before the first check()."""
@@ -92,6 +94,8 @@ class Locks:
         lock = Lock(wanted.kind, value, rfc3339(now), rfc3339(until), by, wanted.reason)
         await self._database.run(partial(_insert, lock=lock, since=now, until=until))
         self._locks[wanted.kind, value] = until, lock
+        if self.on_lock is not None:
+            await self.on_lock()
         return lock
 
     async def unlock(self, wanted: Unlocking) -> None:

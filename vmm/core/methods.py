@@ -1,6 +1,7 @@
 """The table of methods: what core does for its callers. permissions.json says for whom.
 
-Those of machines stand in vmm.core.machine_methods, those that concern the host as a whole in vmm.core.host_methods.
+Those of machines stand in vmm.core.machine_methods, of identities in vmm.core.identity_methods, those that concern the
+host as a whole in vmm.core.host_methods.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from vmm.core.configuration import AppliedConfiguration
 from vmm.core.dispatch import Call, Method
 from vmm.core.follow import Follow, Followers
 from vmm.core.health import Health
+from vmm.core.identities import Identities
 from vmm.core.recovery import Recovery
 from vmm.errors import NotFound
 from vmm.machines.service import Machines
@@ -33,6 +35,7 @@ class Handlers:
         audit: AuditClient,
         health: Callable[[], Awaitable[Health]],
         recovery: Recovery,
+        identities: Identities,
     ) -> None:
         self._configuration = configuration
         self._volumes = volumes
@@ -40,6 +43,7 @@ class Handlers:
         self._audit = audit
         self._health = health
         self._recovery = recovery
+        self._identities = identities
         self._followers = Followers(audit)
 
     def table(self) -> dict[str, Method]:
@@ -63,12 +67,13 @@ class Handlers:
         }
 
     async def identify(self, kind: str, name: str) -> str:
-        """The id of a volume or machine, or "" when there is none of that name, or it is something else."""
-        if kind not in ("volume", "machine"):
+        """The id of a volume, machine or identity, or "" when there is none of that name, or it is something else."""
+        if kind not in ("volume", "machine", "identity"):
             return ""
-        show = self._volumes.uuid if kind == "volume" else self._machines.uuid
         try:
-            return await show(name)
+            if kind == "identity":
+                return await self._identities.fingerprint(name)
+            return await (self._volumes.uuid if kind == "volume" else self._machines.uuid)(name)
         except NotFound:
             return ""
 

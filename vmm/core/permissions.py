@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
@@ -27,6 +27,15 @@ class Permissions:
     def methods(self) -> frozenset[str]:
         """Every method that the matrix names."""
         return frozenset(self._roles)
+
+    @property
+    def roles(self) -> list[str]:
+        """The roles that callers can have."""
+        return sorted(get_args(Role))
+
+    def of(self, role: str) -> tuple[str, ...]:
+        """The methods that a role may call, by name."""
+        return tuple(sorted(method for method, roles in self._roles.items() if role in roles))
 
     def check(self, role: str, method: str) -> None:
         """Raises: Forbidden unless the matrix lets the role call the method."""

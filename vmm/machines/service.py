@@ -19,6 +19,7 @@ from vmm.machines.ends import Ends
 from vmm.machines.host import Host
 from vmm.machines.nvram import Nvram
 from vmm.machines.plans import Networks, Plans
+from vmm.machines.scope import is_within
 from vmm.machines.states import States
 from vmm.machines.turns import Turns
 from vmm.machines.types import Machine, MachineSpec, Stopped
@@ -83,10 +84,10 @@ class Machines:
         return [found for found in domains if found.uuid not in own]
 
     async def list_all(self) -> list[Machine]:
-        """Every machine, by name, with what it does now. Raises: Unavailable."""
+        """Every machine that the caller may know of, by name, with what it does now. Raises: Unavailable."""
         # In this order: what runs from a saved state has that in its row before it does.
         domains = await self._hypervisor.list()
-        rows = await self._database.run(store.rows)
+        rows = [row for row in await self._database.run(store.rows) if is_within(row.id)]
         return [view(row, domains[row.id].state if row.id in domains else State.STOPPED) for row in rows]
 
     async def show(self, name: str) -> Machine:

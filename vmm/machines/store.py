@@ -12,6 +12,7 @@ import msgspec
 
 from vmm.errors import Conflict, NotFound, Unavailable, UserError
 from vmm.machines import savedrows
+from vmm.machines.scope import missing
 from vmm.machines.types import Hardware, MachineSpec
 
 FIRST_UID, LAST_UID = 70000, 79999
@@ -73,7 +74,7 @@ def row(connection: sqlite3.Connection, name: str) -> Row:
     """One machine. Raises: NotFound."""
     found = connection.execute(_SELECT + "WHERE name = ?", (name,)).fetchone()
     if found is None:
-        raise NotFound(f"there is no machine {name!r}")
+        raise missing(name)
     return _row(connection, found)
 
 

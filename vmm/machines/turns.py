@@ -10,6 +10,7 @@ from uuid import UUID
 from weakref import WeakValueDictionary
 
 from vmm.machines import store
+from vmm.machines.scope import is_within, missing
 from vmm.volumes.store import Database
 
 
@@ -36,8 +37,11 @@ class Turns:
         return lock
 
     async def stored(self, name: str) -> store.Row:
-        """One machine, by its name. Raises: NotFound."""
-        return await self._database.run(partial(store.row, name=name))
+        """One machine, by its name. Raises: NotFound, also for one that the caller may not know of."""
+        row = await self._database.run(partial(store.row, name=name))
+        if not is_within(row.id):
+            raise missing(name)
+        return row
 
     async def now(self, id: UUID) -> store.Row:
         """One machine, by its id, which it keeps when it is renamed. Raises: NotFound."""
