@@ -43,6 +43,7 @@ MEANINGS = {
     "actor.origin": "address and port of the client, or `local`",
     "actor.certificate": "SHA-256 of the certificate that TLS verified; absent where there was none",
     "object.kind": "what was acted on: `machine`, `volume`, `identity`, `release`, `session`, `configuration`, `host`, "
+    "`server`, "
     "or nothing",
     "object.id": "its UUID, or what identifies it",
     "object.name": "its name",

@@ -174,7 +174,9 @@ def test_a_host_that_refuses_when_its_store_is_full(
     with Host(files, smbios=[*agent_credentials(), seed_credential(document)]) as host:
         host.wait_ready(clients["admin"], 180)
         admin, auditor = host.api(clients["admin"]), host.api(clients["auditor"])
-        assert status(admin)["rule"] == {"when_full": "refuse", "keep_days": None, "keep_mib": 32}
+        assert status(admin)["rule"] == {
+            "when_full": "refuse", "keep_days": None, "keep_mib": 32, "until_exported": False,
+        }
         done = fill(host, 38)
         assert done["refused"] == ["the audit store is full"]
         # A change is refused with that reason, and so is reading, which is recorded, too.

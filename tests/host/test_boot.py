@@ -21,7 +21,7 @@ MANIFEST = Path("build/image/manifest.json")
 EXPOSED = {
     **dict.fromkeys(("holdfast-api", "holdfast-audit", "holdfast-console", "holdfast-core", "holdfast-guests"), 20),
     **dict.fromkeys(("holdfast-fetch@x", "holdfast-import@x", "holdfast-update"), 20),
-    **dict.fromkeys(("holdfast-anchor", "holdfast-guard", "holdfast-kernel"), 20),
+    **dict.fromkeys(("holdfast-anchor", "holdfast-export", "holdfast-guard", "holdfast-kernel"), 20),
     "holdfast-gate": 21,
     "holdfast-configure": 23,
     "holdfast-gate-failed": 28,

@@ -50,6 +50,7 @@ CALLS: list[tuple[str, str, Any, str, dict[str, Any], int]] = [
     ("GET", "/v1/audit?after=5&limit=10", None, "audit.read", {"after": 5, "limit": 10}, 200),
     ("GET", f"/v1/audit?{CHOSEN}&before=9&order=g", None, "audit.read", WANTED | {"before": 9, "order": "g"}, 200),
     ("GET", "/v1/audit/status", None, "audit.status", {}, 200),
+    ("GET", "/v1/audit/export", None, "audit.export", {}, 200),
     ("POST", "/v1/audit/purge", {"before": 7}, "audit.purge", {"before": 7}, 200),
     ("POST", "/v1/audit/anchor", None, "audit.anchor", {}, 200),
     ("POST", "/v1/recovery-keys/fetch", None, "recovery.fetch", {}, 200),

@@ -21,6 +21,7 @@ from vmm.audit.client import AuditClient, Entry
 from vmm.audit.throttle import Throttle
 from vmm.errors import UserError
 from vmm.process import run, spawn
+from vmm.tls import make_pair
 
 CONF = Path(__file__).parents[2] / "image/rootfs/etc/ssl/holdfast.cnf"
 AUTHORITY = identity("authority", use=None)
@@ -277,7 +278,7 @@ def test_server_files_are_kept_and_remade_when_unusable(tmp_path: Path) -> None:
             path.write_bytes(content)
             assert start() != kept
     kept = certificate.read_bytes()
-    tls.make_server_files(tmp_path, "x" * 63 + ".example", "dhcp")
+    make_pair(tmp_path, "server", "x" * 63 + ".example", "dhcp")
     certificate.write_bytes(kept)
     assert start() != kept
 
@@ -291,10 +292,11 @@ POLICY = """
 import ssl, sys
 from pathlib import Path
 from vmm.api import tls
+from vmm.tls import check_policy, make_pair
 directory = Path(sys.argv[1])
-tls.make_server_files(directory, "hf1", "dhcp")
+make_pair(directory, "server", "hf1", "dhcp")
 server = tls.server_context(directory, "hf1", "dhcp", [(directory / "server.crt").read_text()])
-tls.check_policy(server)
+check_policy(server)
 for group in sys.argv[2:]:
     client = ssl.create_default_context(cafile=directory / "server.crt")
     client.set_ecdh_curve(group)

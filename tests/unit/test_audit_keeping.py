@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
 import errno
 import os
 import signal
@@ -17,6 +18,7 @@ import pytest
 
 from tests.unit.test_audit_daemon import EVENT, ME, OWN, LocalAnchor, stored
 from tests.unit.test_audit_kills import program
+from tests.unit.test_audit_retention import FakeClock, firsts, open_store, put
 from vmm import atomic, wire
 from vmm.audit import rule as rule_module
 from vmm.audit import spare, verify
@@ -124,6 +126,24 @@ def test_only_the_exporter_says_what_is_known_elsewhere(tmp_path: Path) -> None:
             assert (await audit.status())["exported"] == 9
 
     asyncio.run(run())
+
+
+def test_old_records_stay_until_all_servers_have_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the rule says so; whole segments go, as soon as their last record is known elsewhere."""
+    monkeypatch.setattr(FakeClock, "days", 0.0)
+    monkeypatch.setattr(datetime, "datetime", FakeClock)
+    store = open_store(tmp_path)
+    put(store, 60)
+    there = firsts(tmp_path)
+    FakeClock.days = 9
+    store.memory.set_rule(Rule(keep_days=1, until_exported=True))
+    for exported, first in ((0, 1), (there[2] - 2, there[1]), (there[2] - 1, there[2])):
+        store.memory.set_exported(exported)
+        store.trim()
+        assert firsts(tmp_path)[0] == first
+    store.memory.set_rule(Rule(keep_days=1))
+    store.trim()
+    assert firsts(tmp_path)[0] > there[2]
 
 
 def test_core_alone_has_records_removed_and_it_is_anchored_at_once(tmp_path: Path) -> None:

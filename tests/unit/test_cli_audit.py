@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
+import ssl
 from pathlib import Path
 
 import msgspec
@@ -13,6 +15,7 @@ from tests.unit.test_audit_checkpoints import checkpoints, trail
 from tests.unit.test_audit_daemon import LocalAnchor
 from tests.unit.test_audit_search import Clock
 from tests.unit.test_cli_rig import FakeApi, holdfast
+from tests.unit.test_config_rig import certificate
 from vmm.audit.records import GENESIS, canonical, digest
 from vmm.cli.main import UNREACHABLE_EXIT_CODE
 from vmm.errors import UserError
@@ -147,6 +150,32 @@ def test_the_state_of_the_store_is_shown(api: FakeApi, capsys: Capture) -> None:
         "Exported:  nothing",
         "fs-verity: 0 of 3 sealed segments: the file system has none?",
     ]
+
+
+def test_the_servers_of_the_trail_are_shown(api: FakeApi, capsys: Capture) -> None:
+    server = {"server": "192.0.2.9:6514", "name": "logs", "state": "waiting", "since": 1795406706, "lag": 7}
+    pem = certificate("hf1")
+    answer = {"last": 9, "certificate": pem, "problem": "", "servers": [server | {"problem": "refused\x1b"}]}
+    api.answers["/v1/audit/export"] = (200, answer)
+    capsys.readouterr()
+    holdfast("audit", "servers")
+    shown = hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem)).hexdigest().upper()
+    assert capsys.readouterr().out.splitlines() == [
+        "SERVER          NAME  STATE    SINCE                 LACKS  PROBLEM",
+        "192.0.2.9:6514  logs  waiting  2026-11-23T04:05:06Z  7      refused?",
+        "They know the host by SHA256:" + ":".join(shown[i : i + 2] for i in range(0, 64, 2)),
+    ]
+    holdfast("audit", "servers", "--pem")
+    assert capsys.readouterr().out == pem
+    holdfast("audit", "servers", "--json")
+    assert json.loads(capsys.readouterr().out) == answer
+    for problem, said in (("", "names no server"), ("the export does not run", "does not run")):
+        api.answers["/v1/audit/export"] = (200, {"certificate": "", "problem": problem, "servers": []})
+        holdfast("audit", "servers")
+        assert said in capsys.readouterr().out
+        with pytest.raises(UserError, match="has no certificate for servers yet") as error:
+            holdfast("audit", "servers", "--pem")
+        assert said in error.value.hint
 
 
 def test_a_purge_says_what_went(api: FakeApi, capsys: Capture) -> None:

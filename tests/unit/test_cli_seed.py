@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.unit.test_cli_rig import holdfast
-from tests.unit.test_config_rig import certificate, encoded, key_and_certificate
-from vmm.audit.rule import Rule
+from tests.unit.test_config_rig import AUTHORITY, certificate, encoded, key_and_certificate
 from vmm.config import gpt, load, seed
+from vmm.config.types import Audit, AuditServer
 from vmm.errors import NotFound, UserError
 
 MIB = 1 << 20
@@ -165,10 +165,29 @@ def test_create_takes_what_is_kept_of_the_trail(tmp_path: Path, capsys: Capture)
     good = ["seed", "create", "--hostname", "hf1", "--management", "enp0s2=dhcp", "--admin", f"a={pem}"]
     good += ["--out", str(out)]
     holdfast(*good)
-    assert load.load(out).audit == Rule()
+    assert load.load(out).audit == Audit()
     holdfast(*good, "--audit-when-full", "refuse", "--audit-keep-days", "90", "--audit-keep-mib", "4096")
-    assert load.load(out).audit == Rule("refuse", keep_days=90, keep_mib=4096)
+    assert load.load(out).audit == Audit("refuse", keep_days=90, keep_mib=4096)
     with pytest.raises(UserError, match=r"audit\.keep_mib: "):
         holdfast(*good, "--audit-keep-mib", "31")
     with pytest.raises(SystemExit):
         holdfast(*good, "--audit-when-full", "burn")
+
+
+def test_create_takes_the_servers_of_the_trail(tmp_path: Path) -> None:
+    pem, ca, out = tmp_path / "alice.pem", tmp_path / "ca.pem", tmp_path / "out.json"
+    pem.write_text(certificate("alice"))
+    ca.write_text(AUTHORITY)
+    good = ["seed", "create", "--hostname", "hf1", "--management", "enp0s2=dhcp", "--admin", f"a={pem}"]
+    good += ["--out", str(out)]
+    servers = {
+        "192.0.2.9": AuditServer("192.0.2.9", AUTHORITY),
+        "192.0.2.9:7000,logs.example.org": AuditServer("192.0.2.9", AUTHORITY, 7000, "logs.example.org"),
+        "2001:db8::9,logs": AuditServer("2001:db8::9", AUTHORITY, name="logs"),
+        "[2001:db8::9]:7000": AuditServer("2001:db8::9", AUTHORITY, 7000),
+    }
+    holdfast(*good, *(word for where in servers for word in ("--audit-server", f"{where}={ca}")))
+    assert load.load(out).audit == Audit(export=tuple(servers.values()))
+    for wrong, field in (("logs.example.org", "address"), ("192.0.2.9:0", "port"), ("192.0.2.9,a b", "name")):
+        with pytest.raises(UserError, match=rf"audit\.export\[0\]\.{field}: "):
+            holdfast(*good, "--audit-server", f"{wrong}={ca}")

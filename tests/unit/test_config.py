@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from tests.unit.test_config_rig import certificate, document, encoded, key_and_certificate
+from tests.unit.test_config_rig import AUTHORITY, certificate, document, encoded, key_and_certificate
 from vmm.audit.rule import Rule
 from vmm.config import load
+from vmm.config.types import Audit
 from vmm.errors import UserError
 
 
@@ -221,9 +222,9 @@ def test_what_is_wrong_with_updates_is_named(changes: dict[str, Any], message: s
 
 
 def test_what_is_kept_of_the_trail_is_optional_and_has_defaults() -> None:
-    assert load.decode(encoded()).audit == load.decode(encoded(audit={})).audit == Rule()
+    assert load.decode(encoded()).audit == load.decode(encoded(audit={})).audit == Audit()
     config = load.decode(encoded(audit={"when_full": "refuse", "keep_days": 90, "keep_mib": 32}))
-    assert config.audit == Rule("refuse", 90, 32) and load.decode(load.encode(config)) == config
+    assert config.audit == Audit("refuse", 90, 32) and load.decode(load.encode(config)) == config
 
 
 @pytest.mark.parametrize(
@@ -243,3 +244,49 @@ def test_what_is_wrong_with_what_is_kept_is_named(audit: Any, message: str) -> N
     with pytest.raises(load.ConfigurationError) as caught:
         load.decode(encoded(audit=audit))
     assert caught.value.message.startswith(message)
+
+
+SERVER = {"address": "192.0.2.9", "ca": AUTHORITY}
+
+
+def test_servers_of_the_trail_are_optional_and_change_what_is_kept() -> None:
+    assert not load.decode(encoded()).audit.rule.until_exported
+    config = load.decode(encoded(audit={"keep_days": 9, "export": [SERVER, SERVER | {"port": 1, "name": "logs"}]}))
+    assert config.audit.rule == Rule(keep_days=9, until_exported=True)
+    one, other = config.audit.export
+    assert (one.endpoint, one.identity, other.endpoint, other.identity) == (
+        *("192.0.2.9:6514", "192.0.2.9"),
+        *("192.0.2.9:1", "logs"),
+    )
+    assert load.decode(load.encode(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"address": "logs.example.org"}, "audit.export[0].address: not an IPv4 or IPv6 address"),
+        ({"address": "fe80::1%lo"}, "audit.export[0].address: not an IPv4"),
+        ({"address": "127.0.0.1"}, "audit.export[0].address: not an address that servers can have"),
+        ({"address": "::ffff:192.0.2.9"}, "audit.export[0].address: not an address that servers can have"),
+        ({"address": "224.0.0.1"}, "audit.export[0].address: not an address that servers can have"),
+        ({"port": 0}, "audit.export[0].port: 0 is not between"),
+        ({"port": 65536}, "audit.export[0].port: 65536 is not between"),
+        ({"name": "a\nb"}, "audit.export[0].name: not an address or host name"),
+        ({"name": "*.example.org"}, "audit.export[0].name: not an address or host name"),
+        ({"ca": "x"}, "audit.export[0].ca: not certificates in PEM form"),
+        ({"ca": certificate()}, "audit.export[0].ca: not the certificate of an authority: CN=alice"),
+        ({"ca": key_and_certificate("alice")[0]}, "audit.export[0].ca: contains a private key"),
+        ({"key": "x"}, "audit.export[0].key: is not a known field"),
+    ],
+)
+def test_what_is_wrong_with_servers_of_the_trail_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(load.ConfigurationError) as caught:
+        load.decode(encoded(audit={"export": [SERVER | changes]}))
+    assert caught.value.message.startswith(message)
+
+
+def test_there_are_few_servers_of_the_trail_each_once() -> None:
+    with pytest.raises(load.ConfigurationError, match="5 entries are more than the 4"):
+        load.decode(encoded(audit={"export": [SERVER | {"port": port} for port in range(1, 6)]}))
+    with pytest.raises(load.ConfigurationError, match=r"audit\.export\[1\]: .* already used"):
+        load.decode(encoded(audit={"export": [SERVER, SERVER | {"name": "logs"}]}))

@@ -7,14 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from tests.unit.test_config_rig import MANAGEMENT_MAC, OPERATIONAL_MAC, HostTree, encoded, host_tree
+from tests.unit.test_config_rig import AUTHORITY, MANAGEMENT_MAC, OPERATIONAL_MAC, HostTree, encoded, host_tree
 from vmm import atomic, paths
 from vmm.audit.client import Entry, Rule
 from vmm.audit.events import EVENTS
 from vmm.config import apply, load, render, seed
-from vmm.config.types import Failure
+from vmm.config.types import Export, Failure
 from vmm.errors import Unavailable
 
 NETWORK = "run/systemd/network"
@@ -103,6 +104,8 @@ def test_a_seed_is_stored_and_rendered(host: Host) -> None:
         'define management = "enp0s2"\n'
         "flush set inet holdfast management\n"
         "add element inet holdfast management { $management }\n"
+        "flush set inet holdfast audit_servers4\n"
+        "flush set inet holdfast audit_servers6\n"
     )
     assert host.text("run/systemd/timesyncd.conf.d/holdfast.conf") == "[Time]\nNTP=ntp.example.org 10.0.2.4\n"
     assert load.applied() == load.load(paths.STORED_CONFIG)
@@ -292,3 +295,22 @@ def test_the_audit_service_is_told_what_is_kept(host: Host) -> None:
     host.rule_is_taken = True
     paths.STORED_CONFIG.write_bytes(b"{}")
     assert host.configure() is not None and len(host.rules) == 2
+
+
+def test_servers_of_the_trail_are_rendered_and_go_away_again(host: Host) -> None:
+    servers = [{"address": "192.0.2.9", "ca": AUTHORITY}, {"address": "2001:db8::9", "port": 7, "ca": AUTHORITY}]
+    host.seed(encoded(audit={"export": servers}))
+    assert host.configure() is None
+    assert host.text("run/holdfast/management.nft").endswith(
+        "flush set inet holdfast audit_servers4\n"
+        "flush set inet holdfast audit_servers6\n"
+        "add element inet holdfast audit_servers4 { 192.0.2.9 . 6514 }\n"
+        "add element inet holdfast audit_servers6 { 2001:db8::9 . 7 }\n"
+    )
+    export = msgspec.json.decode(paths.EXPORT_SETTINGS.read_bytes(), type=Export)
+    assert (export.hostname, export.address) == ("hf1", "10.0.2.15/24")
+    assert export.servers == load.applied().audit.export
+    assert host.rules == [Rule(until_exported=True)]
+    paths.STORED_CONFIG.write_bytes(encoded())
+    assert host.configure() is None
+    assert not paths.EXPORT_SETTINGS.exists()

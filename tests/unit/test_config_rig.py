@@ -15,9 +15,12 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 
+from tests.harness.collector import Authority
 from vmm import paths
 
 PEM = serialization.Encoding.PEM
+AUTHORITY = Authority.make("authority").pem
+"""Who certifies servers of the audit trail."""
 MANAGEMENT_MAC = "52:54:00:00:00:01"
 OPERATIONAL_MAC = "52:54:00:00:00:02"
 

@@ -13,10 +13,12 @@ import pytest
 
 from tests.unit.test_core_rig import FakeAudit, Rig, make_host
 from vmm import wire
-from vmm.audit.client import AuditClient
+from vmm.audit.client import AuditClient, Entry
 from vmm.core import version
 from vmm.core.daemon import Watch
+from vmm.core.export import Exports, Server, View
 from vmm.core.health import Platform, judge
+from vmm.export.status import ServerStatus, Status
 from vmm.guard import daemon as guard
 from vmm.hypervisor.types import Domain, State
 from vmm.kernel.daemon import Said
@@ -139,8 +141,41 @@ def test_a_guard_that_does_not_follow_the_trail_is_found(root: Path) -> None:
 
 def test_what_cannot_be_read_has_failed(tmp_path: Path) -> None:
     (tmp_path / "proc").mkdir()
-    # Page merging may be missing from a kernel; everything else may not.
-    assert set(bad(tmp_path)) == {name for name in Platform(tmp_path).verdicts() if name != "ksm"}
+    # Page merging may be missing from a kernel, servers of the trail from a configuration; everything else may not.
+    missing = {"ksm", "audit-export"}
+    assert set(bad(tmp_path)) == Platform(tmp_path).verdicts().keys() - missing
+
+
+def test_an_export_that_is_wanted_and_behind_is_found(root: Path) -> None:
+    """Not running, or with a server that cannot be had; the view for administrators says the same."""
+
+    async def view() -> View:
+        audit = FakeAudit()
+        async with await wire.serve(root / "audit.sock", audit.handle):
+            audit.entries = [Entry(type="version.read")] * 9
+            return await Exports(AuditClient(root / "audit.sock"), root).show()
+
+    assert asyncio.run(view()) == View(9, "", "", ())
+    put(root, "run/holdfast/export.json", "{}")
+    assert bad(root) == {"audit-export": "the export does not run"}
+    assert asyncio.run(view()) == View(9, "", "the export does not run", ())
+    one = ServerStatus("192.0.2.9:6514", "logs", "idle", 1000, 7, 5, "")
+    said = Status(int(time.monotonic()), 77, "pem", (one,))
+    put(root, "run/holdfast/export/status.json", msgspec.json.encode(said).decode())
+    assert bad(root) == {}
+    assert asyncio.run(view()) == View(9, "pem", "", (Server("192.0.2.9:6514", "logs", "idle", 1000, 2, 7, 5, ""),))
+    said = Status(said.at, 77, "pem", (one, msgspec.structs.replace(one, server="192.0.2.8:1", problem="refused")))
+    put(root, "run/holdfast/export/status.json", msgspec.json.encode(said).decode())
+    assert bad(root) == {"audit-export": "192.0.2.8:1: refused"}
+    for state, since, found in (
+        ("sending", 601, {"audit-export": "192.0.2.9:6514: behind for more than 10 minutes"}),
+        ("sending", 590, {}),
+        ("idle", 601, {}),
+    ):
+        behind = msgspec.structs.replace(one, state=state, since=int(time.time()) - since)
+        said = Status(said.at, 77, "pem", (behind,))
+        put(root, "run/holdfast/export/status.json", msgspec.json.encode(said).decode())
+        assert bad(root) == found
 
 
 HASH = "0123456789abcdef" * 4

@@ -42,7 +42,7 @@ _CALLS = {
 }
 
 MOST_LINES = 400
-_LEAF = {"errors", "process", "wire", "paths", "notify", "atomic", "clock", "release", "tpm", "origin"}
+_LEAF = {"errors", "process", "wire", "paths", "notify", "atomic", "clock", "origin", "release", "tls", "tpm"}
 
 
 def committed() -> Iterator[Path]:

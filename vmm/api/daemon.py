@@ -26,6 +26,7 @@ from vmm.config.types import Configuration
 from vmm.errors import UserError, die
 from vmm.notify import notify
 from vmm.paths import API_STATE, APPLIED_CONFIG, AUDIT_SOCKET, CONFIG_ERROR, CORE_SOCKET, PINS
+from vmm.tls import check_policy
 
 PORT = 8443
 _STOP_TIME = 5.0
@@ -66,7 +67,7 @@ class Daemon:
         self._watching = asyncio.create_task(self._watch())
 
     @classmethod
-    async def start(cls, settings: Settings, check: Check = tls.check_policy) -> Daemon:
+    async def start(cls, settings: Settings, check: Check = check_policy) -> Daemon:
         """Begin to serve.
 
         Arguments: ``check`` refuses TLS settings that the process must not serve with.

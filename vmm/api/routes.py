@@ -81,6 +81,7 @@ ROUTES = (
     ),
     Route("GET", "/v1/audit/follow", "audit.follow", query=_WANTED | {"after": int}, kind="follow"),
     Route("GET", "/v1/audit/status", "audit.status"),
+    Route("GET", "/v1/audit/export", "audit.export"),
     Route("POST", "/v1/audit/purge", "audit.purge", body=True),
     Route("POST", "/v1/audit/anchor", "audit.anchor"),
     Route("POST", "/v1/recovery-keys/fetch", "recovery.fetch"),

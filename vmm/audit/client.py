@@ -124,6 +124,10 @@ class AuditClient:
         result: dict[str, int] = await self._call("purge", {"before": before, "request": request}, at_least=_PURGE_S)
         return result
 
+    async def exported(self, seq: int) -> None:
+        """Say that records up to a number are known elsewhere. Raises: Unavailable; Forbidden for all but export."""
+        await self._call("exported", {"seq": seq})
+
     def set_rule_sync(self, rule: Rule) -> None:
         """Say what is kept, for the configure step. Raises: Unavailable; Forbidden for all but root."""
         asyncio.run(self._call("rule", msgspec.to_builtins(rule)))

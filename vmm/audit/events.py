@@ -1,4 +1,4 @@
-"""Every type of record there is (those of updates stand beside). What is not here, no producer can write.
+"""Every type of record there is (others of its kind stand beside). What is not here, no producer can write.
 
 A new type: a row here, ``python3 -m tests.audit_events`` for the documentation, and a producer that writes it; the
 tests find what is missing of these.
@@ -6,6 +6,7 @@ tests find what is missing of these.
 
 from __future__ import annotations
 
+from vmm.audit.export_events import EXPORT_EVENTS
 from vmm.audit.guard_events import GUARD_EVENTS
 from vmm.audit.kernel_events import KERNEL_EVENTS
 from vmm.audit.records import CHECKPOINT, FILLING, FULL, RECOVERED, REFUSED, REMOVED, RULE, START, STOP
@@ -101,6 +102,7 @@ _OF_AUDIT = (
             "when_full": Field("text", "overwrite or refuse"),
             "keep_days": Field("integer", "the age at which records go, absent where they do not"),
             "keep_mib": Field("integer", "how much is kept, absent where that is the volume's size"),
+            "until_exported": Field("boolean", "whether old records stay until all servers have them"),
         },
         serves=(ACTION,),
     ),
@@ -210,6 +212,7 @@ _OF_CORE = (
     read("audit.read", "read audit trail", "Somebody reads records."),
     change("audit.follow", "follow audit trail", "Somebody is to be sent records as they come, until the outcome."),
     read("audit.status", "show state of audit store", "Somebody asks how much the trail holds and may hold."),
+    read("audit.export", "show state of audit export", "Somebody asks how far the trail was sent to its servers."),
     change(
         "audit.purge",
         "delete old audit records",
@@ -338,4 +341,4 @@ _OF_HOST = (
 )
 
 _OURS = (*_OF_AUDIT, *_OF_API, *_OF_CORE, *_OF_IDENTITIES, *_OF_GUESTS, *_OF_HOST)
-EVENTS = Registry((*_OURS, *UPDATE_EVENTS, *KERNEL_EVENTS, *GUARD_EVENTS))
+EVENTS = Registry((*_OURS, *UPDATE_EVENTS, *KERNEL_EVENTS, *GUARD_EVENTS, *EXPORT_EVENTS))

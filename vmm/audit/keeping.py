@@ -103,7 +103,7 @@ _GONE = ("first", "last", "lost")
 
 def _plain(rule: Rule) -> dict[str, Any]:
     """A rule's fields, less what it does not say."""
-    return {name: value for name, value in msgspec.structs.asdict(rule).items() if value is not None}
+    return {name: value for name, value in msgspec.structs.asdict(rule).items() if value not in (None, False)}
 
 
 def _time(text: str) -> str:

@@ -15,7 +15,13 @@ from vmm.audit.records import TYPE_PATTERN, Entry, Phase
 from vmm.errors import Forbidden, UserError
 
 Unit = Literal[
-    "holdfast-api", "holdfast-core", "holdfast-host", "holdfast-audit", "holdfast-kernel", "holdfast-guard"
+    "holdfast-api",
+    "holdfast-core",
+    "holdfast-host",
+    "holdfast-audit",
+    "holdfast-kernel",
+    "holdfast-guard",
+    "holdfast-export",
 ]
 """A producer, as the audit daemon names it by its uid; holdfast-host is all that runs as root."""
 

@@ -12,7 +12,7 @@ LEAST_MIB = 32
 MOST_DAYS = 36500
 
 
-class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Kept(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is kept, and what happens when there is no room for more.
 
     ``when_full``: "overwrite" lets the oldest segments go, "refuse" refuses what would have to be recorded.
@@ -27,3 +27,12 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def quota(self, most: int) -> int:
         """Bytes that the store may hold on a volume with room for ``most``."""
         return most if self.keep_mib is None else min(most, self.keep_mib * MIB)
+
+
+class Rule(Kept, frozen=True, forbid_unknown_fields=True):
+    """The same as the audit daemon goes by it.
+
+    ``until_exported``: records that some server has yet to get go by their age no sooner than it has them.
+    """
+
+    until_exported: bool = False

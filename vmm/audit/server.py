@@ -40,6 +40,7 @@ UNIT: Unit = "holdfast-audit"
 PRODUCERS: Mapping[str, Unit] = {
     "holdfast-api": "holdfast-api",
     "holdfast-core": "holdfast-core",
+    "holdfast-export": "holdfast-export",
     "holdfast-kernel": "holdfast-kernel",
     "holdfast-guard": "holdfast-guard",
     # All that run as root: the configure step, the updater, the gate.
@@ -50,7 +51,7 @@ READERS = ("holdfast-core", "root")
 FOLLOWERS = ("holdfast-guard",)
 """Who may read the trail, and nothing else."""
 EXPORTERS = ("holdfast-export",)
-"""Who may say what of the trail is known elsewhere."""
+"""Who may read the trail and say what of it is known elsewhere, and nothing else that readers may."""
 JOINERS: frozenset[Unit] = frozenset({"holdfast-kernel"})
 """Who may ask which operation was under way, besides readers."""
 _RETRY = 5.0
@@ -96,12 +97,12 @@ class Service:
         followers: frozenset[int] = frozenset(),
     ) -> None:
         """Arguments: the daemon as a producer, the uids that may append, those that may read, what ``audit.start``
-        says of the host, what checkpoints are anchored in (the service for that unless given), the uids that may say
-        what is known elsewhere, and those that may read, but ask for nothing to be done.
+        says of the host, what checkpoints are anchored in (the service for that unless given), the uids that may read
+        records and say what is known elsewhere, and those that may read them and nothing else.
         """
         self.keeping = Keeping(journal, own)
         self._exporters = exporters
-        self._followers = followers | readers
+        self._followers = followers | readers | exporters
         self.checkpoints = Checkpoints(journal, own, anchor or AnchorClient())
         self._journal = journal
         self._own = own

@@ -191,7 +191,10 @@ class Store:
         if (days := self.memory.rule.keep_days) and self._clock().quality == "synchronised":
             now = datetime.datetime.now(datetime.UTC)
             self._end_segment(_text(now - _LONGEST))
-            if count := self.segments.older(_text(now - datetime.timedelta(days=days))):
+            count = self.segments.older(_text(now - datetime.timedelta(days=days)))
+            if self.memory.rule.until_exported:
+                count = min(count, self.segments.older(self.memory.exported + 1))
+            if count:
                 self._remove(count, "age", f"older than {days} days")
         while self.memory.rule.when_full == "overwrite" and (over := self.used - self.quota) > 0:
             if not (count := self.segments.oldest(over)):

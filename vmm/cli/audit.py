@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import ssl
 import sys
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
@@ -18,11 +20,13 @@ from vmm.audit.text import line, whole
 from vmm.audit.verify import add_arguments, verified
 from vmm.cli.client import Api, decoded
 from vmm.cli.command import Commands, add, group, remotely
-from vmm.cli.output import clean, confirm, human_size, print_fields, print_json
+from vmm.cli.output import clean, confirm, fingerprint_text, human_size, print_fields, print_json, print_table
+from vmm.clock import rfc3339
 from vmm.errors import UserError
 
 _PAGE = 1000
 _AUDIT = "/v1/audit"
+_NO_SERVERS = "the configuration names no server that the trail is sent to"
 _CHOICES = ("type", "actor", "machine", "outcome", "phase", "request")
 
 Record = dict[str, Any]
@@ -50,6 +54,21 @@ class _Status(msgspec.Struct, frozen=True):
     unprotected: str = ""
 
 
+class _Server(msgspec.Struct, frozen=True):
+    server: str
+    name: str
+    state: str
+    since: int
+    lag: int
+    problem: str
+
+
+class _Servers(msgspec.Struct, frozen=True):
+    certificate: str
+    problem: str
+    servers: tuple[_Server, ...]
+
+
 class _Purged(msgspec.Struct, frozen=True):
     first: int
     last: int
@@ -73,6 +92,8 @@ def register(commands: Commands) -> None:
     _add_choices(parser)
     parser.set_defaults(since="", until="")
     add(verbs, "status", "show how much the trail holds, and what is kept", remotely(_status))
+    parser = add(verbs, "servers", "show how far the trail was sent to its servers", remotely(_servers))
+    parser.add_argument("--pem", action="store_true", help="print the certificate that they are to know the host by")
     parser = add(verbs, "purge", "delete the oldest records, for auditors only", remotely(_purge))
     parser.add_argument(
         "before", help="number, or time (UTC), as 2026-11-23 or 90d for 90 days ago; segments with later records stay"
@@ -185,6 +206,23 @@ async def _status(api: Api, args: argparse.Namespace) -> None:
             ("fs-verity", protected + (f": {status.unprotected}" if status.unprotected else "")),
         ]
     )
+
+
+async def _servers(api: Api, args: argparse.Namespace) -> None:
+    raw, answer = await api.get(f"{_AUDIT}/export", _Servers)
+    if args.json:
+        print_json(raw)
+    elif args.pem:
+        if not answer.certificate:
+            raise UserError(f"{api.name} has no certificate for servers yet", hint=answer.problem or _NO_SERVERS)
+        sys.stdout.write(clean(answer.certificate))
+    elif not answer.servers:
+        print(answer.problem or _NO_SERVERS)
+    else:
+        rows = [(s.server, s.name, s.state, rfc3339(s.since), str(s.lag), s.problem) for s in answer.servers]
+        print_table(("SERVER", "NAME", "STATE", "SINCE", "LACKS", "PROBLEM"), rows)
+        shown = hashlib.sha256(ssl.PEM_cert_to_DER_cert(answer.certificate.strip())).hexdigest()
+        print(f"They know the host by SHA256:{fingerprint_text(shown)}")
 
 
 async def _purge(api: Api, args: argparse.Namespace) -> None:

@@ -9,12 +9,11 @@ import uuid
 from pathlib import Path
 
 from vmm import atomic
-from vmm.audit.rule import Rule
 from vmm.cli.command import Commands, add, group
 from vmm.cli.output import clean, print_json
 from vmm.config import gpt, load, seed
 from vmm.config.certificates import check_certificate
-from vmm.config.types import Administrator, Configuration, Management, Operational, Role, Update
+from vmm.config.types import Administrator, Audit, AuditServer, Configuration, Management, Operational, Role, Update
 from vmm.errors import NotFound, UserError
 
 _TYPE = uuid.UUID(seed.PARTITION_TYPE)
@@ -65,7 +64,7 @@ def register(commands: Commands) -> None:
 
 
 def _add_audit_options(parser: argparse.ArgumentParser) -> None:
-    options = parser.add_argument_group("audit", "what is kept of the audit trail")
+    options = parser.add_argument_group("audit", "what is kept of the audit trail, and whom it is sent to")
     options.add_argument(
         "--audit-when-full",
         choices=("overwrite", "refuse"),
@@ -73,11 +72,30 @@ def _add_audit_options(parser: argparse.ArgumentParser) -> None:
     )
     options.add_argument("--audit-keep-days", type=int, metavar="N", help="delete older records (default: never)")
     options.add_argument("--audit-keep-mib", type=int, metavar="N", help="keep no more (default: the volume's size)")
+    options.add_argument(
+        "--audit-server",
+        action="append",
+        default=[],
+        metavar="ADDRESS[:PORT][,NAME]=CA.pem",
+        help="send the trail there by syslog over TLS (port 6514), to whom these authorities certify as NAME, or else "
+        "as ADDRESS; may be repeated; [ADDRESS]:PORT for IPv6",
+    )
 
 
-def _audit(args: argparse.Namespace) -> Rule:
+def _audit(args: argparse.Namespace) -> Audit:
     fields = {"when_full": args.audit_when_full, "keep_days": args.audit_keep_days, "keep_mib": args.audit_keep_mib}
-    return Rule(**{name: value for name, value in fields.items() if value is not None})
+    given = {name: value for name, value in fields.items() if value is not None}
+    return Audit(**given, export=tuple(_audit_server(text) for text in args.audit_server))
+
+
+def _audit_server(text: str) -> AuditServer:
+    where, path = _pair("--audit-server", text)
+    where, _, name = where.partition(",")
+    address, _, port = where.removeprefix("[").rpartition("]:" if where.startswith("[") else ":")
+    if not (address and port.isdecimal()) or (":" in address and not where.startswith("[")):
+        # Nothing but an address, of either version.
+        address, port = where.strip("[]"), "6514"
+    return AuditServer(address, _pem("--audit-server", Path(path)), int(port), name or None)
 
 
 def _add_update_options(parser: argparse.ArgumentParser) -> None:

@@ -77,7 +77,7 @@ def run(
             atomic.write(paths.STORED_CONFIG, encode(config))
         _write(config, rendered)
         set_hostname(config.hostname)
-        unruled = _set_rule(set_rule, config.audit)
+        unruled = _set_rule(set_rule, config.audit.rule)
     except sources.SourceError as error:
         return _refuse(record, error, error.source)
     except UserError as error:
@@ -136,7 +136,8 @@ def _write(config: Configuration, rendered: Mapping[str, str]) -> None:
     for pattern in _NETWORK_FILES:
         for stale in (paths.ROOT / render.NETWORK_DIRECTORY).glob(pattern):
             stale.unlink()
-    (paths.ROOT / render.TIME_SERVERS).unlink(missing_ok=True)
+    for optional in (render.TIME_SERVERS, render.EXPORT):
+        (paths.ROOT / optional).unlink(missing_ok=True)
     for path, text in rendered.items():
         atomic.write(paths.ROOT / path, text.encode())
     atomic.write(paths.APPLIED_CONFIG, encode(config))

@@ -18,16 +18,27 @@ _SPENT = "give the certificate only, and make a new key: this one is spent"
 _CURVES = (ec.SECP256R1, ec.SECP384R1)
 
 
-def check_authorities(pem: str) -> None:
-    """Check that a text is one or more certificates in PEM form. Raises: UserError saying what is wrong."""
+def check_authorities(pem: str) -> list[x509.Certificate]:
+    """Parse a text that is one or more certificates in PEM form. Raises: UserError saying what is wrong."""
     if "PRIVATE KEY-----" in pem:
         raise UserError(_PRIVATE, hint=_SPENT)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            x509.load_pem_x509_certificates(pem.encode())
+            return x509.load_pem_x509_certificates(pem.encode())
     except (ValueError, UnsupportedAlgorithm):
         raise UserError("not certificates in PEM form that can be read") from None
+
+
+def check_anchors(pem: str) -> None:
+    """The same, and each of them must be that of an authority. Raises: UserError saying what is wrong."""
+    for certificate in check_authorities(pem):
+        try:
+            is_authority = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+        except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError):
+            is_authority = False
+        if not is_authority:
+            raise UserError(f"not the certificate of an authority: {certificate.subject.rfc4514_string()}")
 
 
 def check_certificate(pem: str) -> x509.Certificate:

@@ -11,9 +11,9 @@ from urllib.parse import SplitResult, urlsplit
 import msgspec
 
 from vmm import paths
-from vmm.config.certificates import check_authorities, check_certificate
+from vmm.config.certificates import check_anchors, check_authorities, check_certificate
 from vmm.config.interfaces import interface_key, is_interface_name, is_mac
-from vmm.config.types import Configuration, Management, Update
+from vmm.config.types import AuditServer, Configuration, Management, Update
 from vmm.errors import UserError
 
 VERSION = 1
@@ -22,6 +22,7 @@ MAX_BANNER = 4096
 MAX_OPERATIONAL = 32
 MAX_ADMINISTRATORS = 256
 MAX_SERVERS = 8
+MAX_AUDIT_SERVERS = 4
 MAX_MESSAGE = 500
 MAX_URL = 1024
 MAX_INTERVAL_HOURS = 168
@@ -114,6 +115,10 @@ def check(config: Configuration) -> None:
             raise ConfigurationError(f"time_servers[{index}]", f"not an address or host name: {server!r}")
     if config.update is not None:
         _check_update(config.update)
+    _limit("audit.export", config.audit.export, MAX_AUDIT_SERVERS)
+    for index, audit_server in enumerate(config.audit.export):
+        _check_audit_server(f"audit.export[{index}]", audit_server)
+    _unique((f"audit.export[{index}]", one.endpoint) for index, one in enumerate(config.audit.export))
 
 
 def address(text: str) -> Address:
@@ -259,6 +264,27 @@ def _check_administrators(config: Configuration) -> None:
         prints[person.fingerprint] = index
     if not any(person.role == "admin" for person in config.administrators):
         raise ConfigurationError("administrators", "none of them has the role admin")
+
+
+def _check_audit_server(field: str, server: AuditServer) -> None:
+    try:
+        parsed = address(server.address)
+    except ValueError:
+        raise ConfigurationError(
+            f"{field}.address", f"not an IPv4 or IPv6 address: {server.address!r}", hint="hosts resolve no names"
+        ) from None
+    # One of IPv4 in the form of IPv6 would pass the packet filter as neither.
+    mapped = parsed.version == 6 and parsed.ipv4_mapped is not None
+    if parsed.is_loopback or parsed.is_multicast or parsed.is_unspecified or parsed.is_link_local or mapped:
+        raise ConfigurationError(f"{field}.address", f"not an address that servers can have: {server.address!r}")
+    if not 1 <= server.port <= 65535:
+        raise ConfigurationError(f"{field}.port", f"{server.port} is not between 1 and 65535")
+    if not _is(address, server.identity) and (len(server.identity) > 253 or not _DOMAIN.fullmatch(server.identity)):
+        raise ConfigurationError(f"{field}.name", f"not an address or host name: {server.name!r}")
+    try:
+        check_anchors(server.ca)
+    except UserError as error:
+        raise ConfigurationError(f"{field}.ca", error.message, hint=error.hint) from None
 
 
 def _check_update(update: Update) -> None:

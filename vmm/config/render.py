@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+
+import msgspec
 
 from vmm.config.interfaces import interface_key, is_mac, resolve
 from vmm.config.load import interface_address
-from vmm.config.types import Configuration, Management
+from vmm.config.types import AuditServer, Configuration, Export, Management
 
 NETWORK_DIRECTORY = "run/systemd/network"
 MANAGEMENT_RULES = "run/holdfast/management.nft"
+EXPORT = "run/holdfast/export.json"
 NAME_SERVERS = "run/holdfast/resolv.conf"
 TIME_SERVERS = "run/systemd/timesyncd.conf.d/holdfast.conf"
 # Stands for a management interface that is not there; the rules that admit its traffic match nothing.
 NO_INTERFACE = "hf-absent"
 
-# One transaction on the set that /etc/nftables.conf declares.
+# One transaction on the sets that /etc/nftables.conf declares.
 _MANAGEMENT_RULES = """\
 define management = "%s"
 flush set inet holdfast management
 add element inet holdfast management { $management }
+"""
+_SERVERS = """\
+flush set inet holdfast audit_servers%s
+"""
+_SERVER = """\
+add element inet holdfast audit_servers%s { %s . %d }
 """
 
 Section = tuple[str, Sequence[tuple[str, str]]]
@@ -38,7 +47,7 @@ def files(config: Configuration, interfaces: Mapping[str, str]) -> dict[str, str
     found = resolve(config.management.interface, interfaces)
     result = {
         f"{NETWORK_DIRECTORY}/10-management.network": _management(config.management, interfaces),
-        MANAGEMENT_RULES: _MANAGEMENT_RULES % _plain(found or NO_INTERFACE),
+        MANAGEMENT_RULES: _MANAGEMENT_RULES % _plain(found or NO_INTERFACE) + _servers(config.audit.export),
     }
     for network in config.operational:
         directory = f"{NETWORK_DIRECTORY}/%s-{network.bridge}%s"
@@ -62,7 +71,16 @@ def files(config: Configuration, interfaces: Mapping[str, str]) -> dict[str, str
     result[NAME_SERVERS] = "".join(f"nameserver {_plain(server)}\n" for server in config.management.dns)
     if config.time_servers:
         result[TIME_SERVERS] = _unit(("Time", [("NTP", " ".join(config.time_servers))]))
+    if config.audit.export:
+        export = Export(config.hostname, config.management.address, config.audit.export)
+        result[EXPORT] = msgspec.json.format(msgspec.json.encode(export), indent=2).decode() + "\n"
     return result
+
+
+def _servers(servers: Iterable[AuditServer]) -> str:
+    """Whom the export may talk to."""
+    rules = "".join(_SERVERS % version for version in ("4", "6"))
+    return rules + "".join(_SERVER % (one.version, _plain(one.address), one.port) for one in servers)
 
 
 def _management(management: Management, interfaces: Mapping[str, str]) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import ssl
 from typing import Literal
 
 import msgspec
 
-from vmm.audit.rule import Rule
+from vmm.audit.rule import Kept, Rule
 
 Role = Literal["admin", "auditor", "operator", "user"]
 
@@ -77,6 +78,46 @@ class Update(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return begin, end
 
 
+class AuditServer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A server that the audit trail is sent to, as syslog over TLS.
+
+    ``address`` is an IPv4 or IPv6 address, as the host resolves no names; ``ca`` holds the authorities (PEM) that its
+    certificate must come from, and ``name`` is whom that must name: a host name, or an address; ``address`` unless
+    given.
+    """
+
+    address: str
+    ca: str
+    port: int = 6514
+    name: str | None = None
+
+    @property
+    def identity(self) -> str:
+        """Whom its certificate must name."""
+        return self.name or self.address
+
+    @property
+    def endpoint(self) -> str:
+        """Address and port, written together."""
+        return f"[{self.address}]:{self.port}" if self.version == 6 else f"{self.address}:{self.port}"
+
+    @property
+    def version(self) -> int:
+        """The version of IP that it is reached by."""
+        return ipaddress.ip_address(self.address).version
+
+
+class Audit(Kept, frozen=True, forbid_unknown_fields=True):
+    """What is kept of the audit trail (vmm.audit.rule), and whom it is sent to."""
+
+    export: tuple[AuditServer, ...] = ()
+
+    @property
+    def rule(self) -> Rule:
+        """What the audit daemon goes by."""
+        return Rule(self.when_full, self.keep_days, self.keep_mib, until_exported=bool(self.export))
+
+
 class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The whole document. Only load.decode() makes one that may be trusted to hold its rules."""
 
@@ -88,7 +129,15 @@ class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     administrators: tuple[Administrator, ...]
     time_servers: tuple[str, ...] = ()
     update: Update | None = None
-    audit: Rule = Rule()
+    audit: Audit = Audit()
+
+
+class Export(msgspec.Struct, frozen=True):
+    """What the export goes by (/run/holdfast/export.json): whom it speaks for, at which address, and to whom."""
+
+    hostname: str
+    address: str
+    servers: tuple[AuditServer, ...]
 
 
 class Failure(msgspec.Struct, frozen=True):

@@ -9,6 +9,7 @@ from typing import Literal
 
 import msgspec
 
+from vmm.core import export
 from vmm.errors import Unavailable
 from vmm.machines.host import Host
 from vmm.paths import AUDIT_STORE, CORE_STATE, GUARD_STATUS, KERNEL_STATUS, ROOT
@@ -84,6 +85,7 @@ class Platform:
             "volumes-encrypted": self._encrypted,
             "kernel-audit": self._kernel_audit,
             "guard": self._guard,
+            "audit-export": lambda: export.verdict(self._root),
         }
         return {name: self._guarded(check) for name, check in checks.items()}
 

@@ -15,6 +15,7 @@ from vmm.audit.search import Query
 from vmm.core import arguments, version
 from vmm.core.configuration import AppliedConfiguration
 from vmm.core.dispatch import Call, Method
+from vmm.core.export import Exports
 from vmm.core.follow import Follow, Followers
 from vmm.core.health import Health
 from vmm.core.identities import Identities
@@ -45,6 +46,7 @@ class Handlers:
         self._recovery = recovery
         self._identities = identities
         self._followers = Followers(audit)
+        self._exports = Exports(audit)
 
     def table(self) -> dict[str, Method]:
         """Name → method. A name that permissions.json does not have can be called by nobody."""
@@ -61,6 +63,7 @@ class Handlers:
             "audit.read": Method(Query, self._read_audit, "read", ""),
             "audit.follow": Method(Follow, self._followers.follow, "change", "", lasts=True),
             "audit.status": Method(a.Nothing, self._audit_status, "read", ""),
+            "audit.export": Method(a.Nothing, self._audit_export, "read", ""),
             "audit.purge": Method(a.PurgeAudit, self._purge_audit, "change", ""),
             "audit.anchor": Method(a.Nothing, self._anchor_audit, "change", ""),
             "recovery.fetch": Method(a.Nothing, self._fetch_recovery, "change", ""),
@@ -111,6 +114,9 @@ class Handlers:
 
     async def _audit_status(self, _args: arguments.Nothing, _call: Call) -> Any:
         return await self._audit.status()
+
+    async def _audit_export(self, _args: arguments.Nothing, _call: Call) -> Any:
+        return await self._exports.show()
 
     async def _purge_audit(self, args: arguments.PurgeAudit, call: Call) -> Any:
         gone = await self._audit.purge(args.before, call.request)

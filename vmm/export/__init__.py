@@ -1,0 +1,1 @@
+"""Sends the audit trail to the servers that the configuration names."""
