@@ -148,7 +148,7 @@ def test_a_killed_guard_goes_on_where_it_was(host: Host, admin: Api, guests: Gue
     recorded(host, admin, trail, view, 2)
     host.agent.exec(["systemctl", "stop", "holdfast-guard.service"], seconds=60)
     assert trail.newest("guard.stop")["extra"]["done"] > 0
-    assert check(admin, "guard") == {"name": "guard", "ok": False, "detail": "the guard is gone or hangs"}
+    assert check(admin, "guard") == {"name": "guard", "ok": False, "detail": "the guard does not run"}
     opens(host, view, "/etc/shadow", 2)
     trail.until(lambda: len(trail.of("kernel.open", about=view["uuid"])) == 4 or None, "the tries are on record")
     host.agent.exec(["systemctl", "start", "holdfast-guard.service"], seconds=60)

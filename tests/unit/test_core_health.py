@@ -19,7 +19,7 @@ from vmm.core.daemon import Watch
 from vmm.core.export import Exports, Server, View
 from vmm.core.health import Platform, judge
 from vmm.export.status import ServerStatus, Status
-from vmm.guard import daemon as guard
+from vmm.guard import status as guard
 from vmm.hypervisor.types import Domain, State
 from vmm.kernel.daemon import Said
 
@@ -71,7 +71,7 @@ def kernel_status(**said: Any) -> str:
 
 def guard_status(**said: Any) -> str:
     """What the guard leaves for others."""
-    status = guard.Said(int(time.monotonic()), 77, 5)
+    status = guard.Status(int(time.monotonic()), 77, 5)
     return msgspec.json.encode(msgspec.structs.replace(status, **said)).decode()
 
 
@@ -111,8 +111,8 @@ def test_each_fault_is_found(root: Path, path: str, text: str, check: str) -> No
 def test_a_reader_of_the_kernels_audit_that_is_not_there_is_found(root: Path) -> None:
     """Dead, hanging, not the kernel's reader, without a status or with a damaged one."""
     for said, reason in (
-        ({"pid": 79}, "gone or hangs"),
-        ({"at": int(time.monotonic()) - 61}, "gone or hangs"),
+        ({"pid": 79}, "does not run"),
+        ({"at": int(time.monotonic()) - 61}, "does not run"),
         ({"problem": "the kernel's audit does not take us for its reader: File exists"}, "File exists"),
     ):
         put(root, "run/holdfast/kernel/status.json", kernel_status(**said))
@@ -120,15 +120,15 @@ def test_a_reader_of_the_kernels_audit_that_is_not_there_is_found(root: Path) ->
     put(root, "run/holdfast/kernel/status.json", "{")
     assert list(bad(root)) == ["kernel-audit"]
     (root / "run/holdfast/kernel/status.json").unlink()
-    assert bad(root) == {"kernel-audit": "the kernel's audit events are not read"}
+    assert bad(root) == {"kernel-audit": "the reader of the kernel's audit events does not run"}
 
 
 def test_a_guard_that_does_not_follow_the_trail_is_found(root: Path) -> None:
     """Dead, hanging, held up, without a status or with a damaged one."""
     path = "run/holdfast/guard/status.json"
     for said, reason in (
-        ({"pid": 79}, "gone or hangs"),
-        ({"at": int(time.monotonic()) - 61}, "gone or hangs"),
+        ({"pid": 79}, "does not run"),
+        ({"at": int(time.monotonic()) - 61}, "does not run"),
         ({"problem": "core went away"}, "core went away"),
     ):
         put(root, path, guard_status(**said))

@@ -19,7 +19,7 @@ import pytest
 from tests.harness.collector import Authority, Collector
 from tests.unit.test_api_tls import CONF
 from tests.unit.test_audit_daemon import ME, OWN, LocalAnchor, stored
-from vmm import wire
+from vmm import status, wire
 from vmm.audit.client import AuditClient
 from vmm.audit.journal import Journal
 from vmm.audit.records import Entry, Producer, digest
@@ -28,9 +28,11 @@ from vmm.audit.store import Store
 from vmm.audit.verify import verify_file
 from vmm.config.types import AuditServer, Export
 from vmm.errors import Forbidden, UserError
-from vmm.export import link, status
+from vmm.export import link
 from vmm.export.channel import Channel, Failure, _names, client_context
 from vmm.export.daemon import Daemon, Positions, Settings
+from vmm.export.status import Status
+from vmm.paths import EXPORT_STATUS
 from vmm.process import spawn
 from vmm.tls import check_policy, make_pair
 
@@ -38,6 +40,11 @@ pytestmark = pytest.mark.sfr("FAU_STG_EXT.1", "FTP_ITC_EXT.1")
 
 AUTHORITY = Authority.make("authority")
 NAME = "logs.example.org"
+
+
+def said_by(root: Path) -> Status | None:
+    """What an export that lives says of itself."""
+    return status.read(EXPORT_STATUS, Status, root)
 
 
 @pytest.fixture(autouse=True)
@@ -267,7 +274,7 @@ def test_the_process_as_its_unit_starts_it(tmp_path: Path, strong: Literal["EC",
                 try:
                     await until(lambda: len(collector.received()) == 2, "the start, and the session")
                     (tmp_path / "proc" / str(process.pid)).mkdir(parents=True)
-                    await until(lambda: (said := status.read(tmp_path)) and said.servers[0].sent == 2, "it is said")
+                    await until(lambda: (said := said_by(tmp_path)) and said.servers[0].sent == 2, "it is said")
                     process.terminate()
                     assert await asyncio.to_thread(process.wait, 10) == 0
                 finally:
@@ -355,17 +362,17 @@ def test_the_status_counts_while_its_writer_lives(tmp_path: Path) -> None:
     path = tmp_path / "run/holdfast/export/status.json"
     path.parent.mkdir(parents=True)
     (tmp_path / "proc/77").mkdir(parents=True)
-    good = status.Status(int(time.monotonic()), 77, "pem", ())
-    assert status.read(tmp_path) is None
+    good = Status(int(time.monotonic()), 77, "pem", ())
+    assert said_by(tmp_path) is None
     for said, counts in (
         (good, True),
         (msgspec.structs.replace(good, pid=78), False),
         (msgspec.structs.replace(good, at=good.at - 61), False),
     ):
         path.write_bytes(msgspec.json.encode(said))
-        assert (status.read(tmp_path) == said) is counts
+        assert (said_by(tmp_path) == said) is counts
     path.write_bytes(b"{")
-    assert status.read(tmp_path) is None
+    assert said_by(tmp_path) is None
 
 
 def test_it_does_not_begin_with_foreign_tls_settings(tmp_path: Path) -> None:

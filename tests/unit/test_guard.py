@@ -16,9 +16,10 @@ from vmm.audit.records import check
 from vmm.audit.search import Query
 from vmm.errors import NotFound, Unavailable, UserError
 from vmm.guard import rules
-from vmm.guard.daemon import Guard, Said
+from vmm.guard.daemon import Guard
 from vmm.guard.engine import GUARD, Engine, Violation, seen
 from vmm.guard.rules import Match, Rule, Settings
+from vmm.guard.status import Status
 
 A, B = "0a5f7a39-7a1e-4c8e-9f2a-7d8c5b0f1a11", "1b5f7a39-7a1e-4c8e-9f2a-7d8c5b0f1a22"
 DENIED = Rule("denied", "m", "w", (Match("kernel.denied"),), "machine", 3, 60, "hold")
@@ -187,8 +188,8 @@ class Rig:
         stop.set()
         await running
 
-    def said(self) -> Said:
-        return msgspec.json.decode(self.status.read_bytes(), type=Said)
+    def said(self) -> Status:
+        return msgspec.json.decode(self.status.read_bytes(), type=Status)
 
 
 def test_a_violation_is_on_record_and_its_machine_held(tmp_path: Path) -> None:

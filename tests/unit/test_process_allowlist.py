@@ -42,7 +42,7 @@ _CALLS = {
 }
 
 MOST_LINES = 400
-_LEAF = {"errors", "process", "wire", "paths", "notify", "atomic", "clock", "origin", "release", "tls", "tpm"}
+_LEAF = {"errors", "process", "wire", "paths", "notify", "atomic", "clock", "origin", "release", "status", "tls", "tpm"}
 
 
 def committed() -> Iterator[Path]:

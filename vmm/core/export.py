@@ -8,9 +8,10 @@ from pathlib import Path
 
 import msgspec
 
+from vmm import status
 from vmm.audit.client import AuditClient
-from vmm.export import status
-from vmm.paths import EXPORT_SETTINGS, ROOT
+from vmm.export.status import ServerStatus, State, Status
+from vmm.paths import EXPORT_SETTINGS, EXPORT_STATUS, ROOT
 
 _SETTINGS = EXPORT_SETTINGS.relative_to(ROOT)
 _BEHIND_S = 600
@@ -27,7 +28,7 @@ class Server(msgspec.Struct, frozen=True):
 
     server: str
     name: str
-    state: status.State
+    state: State
     since: int
     lag: int
     sent: int
@@ -58,7 +59,7 @@ class Exports:
     async def show(self) -> View:
         """How it stands. Raises: Unavailable."""
         last = int((await self._audit.health())["seq"])
-        said = await asyncio.to_thread(status.read, self._root)
+        said = await asyncio.to_thread(status.read, EXPORT_STATUS, Status, self._root)
         if said is None:
             return View(last, "", _GONE if is_wanted(self._root) else "", ())
         servers = (
@@ -70,7 +71,7 @@ class Exports:
         return View(last, said.certificate, "", tuple(servers))
 
 
-def _problem(server: status.ServerStatus) -> str:
+def _problem(server: ServerStatus) -> str:
     """What keeps a server from having what is recorded; empty if nothing does."""
     if not server.problem and server.state == "sending" and time.time() - server.since > _BEHIND_S:
         return f"behind for more than {_BEHIND_S // 60} minutes"
@@ -86,7 +87,7 @@ def verdict(root: Path) -> tuple[bool, str]:
     """Whether all servers are kept up, and what is wrong where not."""
     if not is_wanted(root):
         return True, "no server is configured"
-    said = status.read(root)
+    said = status.read(EXPORT_STATUS, Status, root)
     if said is None:
         return False, _GONE
     bad = [f"{one.server}: {problem}" for one in said.servers if (problem := _problem(one))]

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
+from vmm import status
 from vmm.core import export
 from vmm.errors import Unavailable
+from vmm.guard.status import Status as GuardStatus
 from vmm.machines.host import Host
 from vmm.paths import AUDIT_STORE, CORE_STATE, GUARD_STATUS, KERNEL_STATUS, ROOT
 
 _SECURE_BOOT = "sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
-
-_KERNEL_STATUS = str(KERNEL_STATUS.relative_to(ROOT))
-_GUARD_STATUS = str(GUARD_STATUS.relative_to(ROOT))
-_PATIENCE_S = 60.0
-"""Both write their status every 15 seconds at least."""
 
 Verdict = tuple[bool, str]
 
@@ -32,15 +28,6 @@ class _KernelStatus(msgspec.Struct, frozen=True):
     problem: str
     serial: int
     lost: int
-
-
-class _GuardStatus(msgspec.Struct, frozen=True):
-    """What is read of the guard's status: when it wrote that, and how far it is."""
-
-    at: int
-    pid: int
-    seq: int
-    problem: str = ""
 
 
 class Check(msgspec.Struct, frozen=True):
@@ -152,32 +139,17 @@ class Platform:
 
     def _kernel_audit(self) -> Verdict:
         """Whether the kernel's audit events are read, as their reader says, if it lives (vmm/kernel/daemon.py)."""
-        try:
-            said = msgspec.json.decode(self._text(_KERNEL_STATUS), type=_KernelStatus)
-        except FileNotFoundError:
-            return False, "the kernel's audit events are not read"
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            return False, f"the status of the reader of the kernel's audit events: {error}"
-        alive = self._lives(said.pid, said.at)
-        if said.problem or not alive:
-            return False, said.problem or "the reader of the kernel's audit events is gone or hangs"
+        said = status.read(KERNEL_STATUS, _KernelStatus, self._root)
+        if said is None or said.problem:
+            return False, said.problem if said else "the reader of the kernel's audit events does not run"
         return True, f"read up to event {said.serial}; the kernel lost {said.lost}"
 
     def _guard(self) -> Verdict:
         """Whether the guard follows the trail, as it says, if it lives (vmm/guard/daemon.py)."""
-        try:
-            said = msgspec.json.decode(self._text(_GUARD_STATUS), type=_GuardStatus)
-        except FileNotFoundError:
-            return False, "the guard does not run"
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            return False, f"the guard's status: {error}"
-        if said.problem or not self._lives(said.pid, said.at):
-            return False, said.problem or "the guard is gone or hangs"
+        said = status.read(GUARD_STATUS, GuardStatus, self._root)
+        if said is None or said.problem:
+            return False, said.problem if said else "the guard does not run"
         return True, f"went by the trail up to record {said.seq}"
-
-    def _lives(self, pid: int, at: int) -> bool:
-        """Whether a process is there, and wrote its status (monotonic seconds) of late."""
-        return (self._root / f"proc/{pid}").exists() and time.monotonic() - at < _PATIENCE_S
 
     def _encrypted(self) -> Verdict:
         plain = [name for name, path in self._volumes.items() if not self._is_encrypted(path)]

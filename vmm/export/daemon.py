@@ -16,7 +16,7 @@ from ssl import SSLContext
 
 import msgspec
 
-from vmm import atomic
+from vmm import atomic, status
 from vmm.audit.client import AuditClient
 from vmm.audit.records import Entry
 from vmm.audit.throttle import Throttle
@@ -127,10 +127,7 @@ class Daemon:
             now = time.monotonic()
             if servers != before[0] or now - before[1] >= _BEAT_S:
                 before = servers, now
-                said = Status(int(now), os.getpid(), self._certificate, servers)
-                with suppress(OSError):
-                    # It lies in memory, so this takes no time.
-                    atomic.write(self._settings.status, msgspec.json.encode(said))
+                status.write(self._settings.status, Status(int(now), os.getpid(), self._certificate, servers))
             await asyncio.sleep(_SAY_S)
 
     async def _save(self) -> None:

@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from pathlib import Path
 from typing import Literal
 
 import msgspec
-
-from vmm.paths import EXPORT_STATUS, ROOT
-
-_STATUS = EXPORT_STATUS.relative_to(ROOT)
-_PATIENCE_S = 60.0
 
 State = Literal["connecting", "sending", "idle", "waiting"]
 
@@ -39,13 +32,3 @@ class Status(msgspec.Struct, frozen=True):
     pid: int
     certificate: str
     servers: tuple[ServerStatus, ...]
-
-
-def read(root: Path = ROOT) -> Status | None:
-    """What an export that runs says of itself; None if none does, or what it says is damaged."""
-    try:
-        said = msgspec.json.decode((root / _STATUS).read_bytes(), type=Status)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
-        return None
-    alive = (root / f"proc/{said.pid}").exists() and time.monotonic() - said.at < _PATIENCE_S
-    return said if alive else None

@@ -19,12 +19,13 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
-from vmm import atomic, wire
+from vmm import atomic, status, wire
 from vmm.audit.client import AuditClient, Entry, Object
 from vmm.audit.search import Query
 from vmm.errors import Unavailable, UserError
 from vmm.guard.engine import GUARD, Engine, Seen, Violation, seen
 from vmm.guard.rules import Rule
+from vmm.guard.status import Status
 from vmm.notify import notify
 from vmm.paths import CORE_SOCKET, GUARD_STATE, GUARD_STATUS
 
@@ -39,15 +40,6 @@ _CALL_S = 60.0
 _MOST_REASON = 400
 
 T = TypeVar("T")
-
-
-class Said(msgspec.Struct, frozen=True):
-    """The status file: ``at`` is in monotonic seconds, ``seq`` the last record that was dealt with."""
-
-    at: int
-    pid: int
-    seq: int
-    problem: str = ""
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -251,13 +243,7 @@ class Guard:
 
     def _say(self) -> None:
         """Write the status file."""
-        said = Said(int(time.monotonic()), os.getpid(), self._done, self._problem)
-        new = self._status.with_name(f".{self._status.name}.new")
-        with suppress(OSError):
-            # In memory, so there is nothing to sync.
-            new.write_bytes(msgspec.json.encode(said))
-            new.chmod(0o644)
-            new.replace(self._status)
+        status.write(self._status, Status(int(time.monotonic()), os.getpid(), self._done, self._problem))
 
 
 async def call_core(method: str, args: dict[str, Any], socket: Path = CORE_SOCKET) -> Any:

@@ -14,6 +14,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
+from vmm import status
 from vmm.audit.client import AuditClient, Entry
 from vmm.errors import Unavailable
 from vmm.kernel import netlink, rules
@@ -268,12 +269,7 @@ class Reader:
     def _say(self) -> None:
         """Write the status file."""
         said = Said(int(self._clock()), os.getpid(), self._problem, self._settled, self._lost, self._readers)
-        new = self._status.with_name(f".{self._status.name}.new")
-        with suppress(OSError):
-            # In memory, so there is nothing to sync.
-            new.write_bytes(msgspec.json.encode(said))
-            new.chmod(0o644)
-            new.replace(self._status)
+        status.write(self._status, said)
 
     async def _end(self) -> None:
         with suppress(Unavailable):
