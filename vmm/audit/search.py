@@ -36,7 +36,7 @@ Moment = Annotated[
 _WantedType = Annotated[str, msgspec.Meta(pattern=r"\A[a-z][a-z0-9-]*(\.[a-z0-9-]+)*\.?\Z", max_length=64)]
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 _Start = Annotated[str, msgspec.Meta(min_length=8, max_length=64)]
-_Number = Annotated[int, msgspec.Meta(ge=0)]
+Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 
 
 class Filter(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, rename={"since": "from"}):
@@ -60,8 +60,8 @@ class Filter(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
 class Query(Filter, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Up to ``limit`` of the wanted records with numbers above ``after`` and below ``before`` (0: no bound)."""
 
-    after: _Number = 0
-    before: _Number = 0
+    after: Number = 0
+    before: Number = 0
     limit: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 100
     order: Literal["oldest", "newest"] = "oldest"
 

@@ -9,14 +9,14 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 
 from vmm import wire
 from vmm.audit.client import AuditClient
 from vmm.audit.records import canonical
-from vmm.audit.search import Filter, Query
+from vmm.audit.search import Filter, Number, Query
 from vmm.core.dispatch import Call
 from vmm.errors import UserError
 
@@ -34,7 +34,7 @@ _LIMIT = 500
 class Follow(Filter, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Which records, and after which number; without one, those that come from now on."""
 
-    after: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    after: Number | None = None
 
 
 class TooMany(UserError):
