@@ -101,10 +101,11 @@ def test_past_the_quota_the_oldest_records_go_and_the_loss_is_told(host: Host, a
 
     def steady() -> Any:
         """How it stands, and the records; None when some went in between: others write, too."""
-        now, trail = status(admin), records(admin)
-        return (now, trail) if trail[0]["seq"] == now["first"] == status(admin)["first"] else None
+        state, found = status(admin), records(admin)
+        return (state, found) if found[0]["seq"] == state["first"] == status(admin)["first"] else None
 
-    now, trail = poll(steady, 60 * host.acceleration.scale, "nothing goes while it is read")
+    read: Any = poll(steady, 60 * host.acceleration.scale, "nothing goes while it is read")
+    now, trail = read
     assert 1 < now["first"] < done["last"] <= now["last"] and now["bytes"] <= now["quota"] == 32 * _MIB
     assert not now["full"] and now["rule"]["keep_mib"] == 32
     gone = [record for record in trail if record["type"] == "audit.removed"]
